@@ -1,0 +1,23 @@
+# Gives the build guest the network, whatever the distribution uses for it. What is written to the disk for that is
+# the resolver's file alone, and network-down.sh puts the old one back.
+card=
+for entry in /sys/class/net/*; do
+    if [ "$(cat "$entry/address" 2>/dev/null)" = "$KILN_MAC" ]; then card=${entry##*/}; fi
+done
+[ -n "$card" ] || { echo "kiln: the guest's kernel has no driver for virtio-net" >&2; exit 1; }
+command -v ip >/dev/null || { echo "kiln: the guest has no \`ip\` (iproute2)" >&2; exit 1; }
+ip link set "$card" up
+ip address replace "$KILN_ADDRESS" dev "$card"
+ip route replace default via "$KILN_GATEWAY" dev "$card"
+
+saved=/run/kiln/resolv.conf
+mkdir -p "$saved"
+if [ -L /etc/resolv.conf ]; then
+    readlink /etc/resolv.conf >"$saved/link"
+elif [ -e /etc/resolv.conf ]; then
+    cp -p /etc/resolv.conf "$saved/file"
+fi
+# shellcheck disable=SC2153
+echo "nameserver $KILN_NAME_SERVER" >"$saved/ours"
+rm -f /etc/resolv.conf
+cp "$saved/ours" /etc/resolv.conf

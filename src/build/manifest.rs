@@ -1,0 +1,210 @@
+//! `manifest.json`: what the output is, what it was made from, and what later commands need to know.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Exit};
+use crate::recipe::Recipe;
+
+/// The version of this format. A change that breaks readers raises it.
+pub const SCHEMA: u32 = 1;
+/// The manifest's name in the output folder.
+pub const FILE: &str = "manifest.json";
+/// The raw disk's name in the output folder.
+pub const DISK: &str = "disk.raw";
+
+/// See the module.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// The recipe's name.
+    pub name: String,
+    /// The recipe's description.
+    pub description: String,
+    /// `x86_64` or `aarch64`.
+    pub arch: String,
+    /// SHA-256 over the disk's block map, in hex: the disk's identity.
+    pub digest: String,
+    /// The disk's size in bytes.
+    pub size: u64,
+    /// Bytes in blocks that hold data.
+    pub data_bytes: u64,
+    /// Bytes in a block of the map.
+    pub block_size: u64,
+    /// Firmware that can start the disk: `legacy-bios`, `uefi`.
+    pub boot_modes: Vec<String>,
+    /// The partition table.
+    pub partitions: serde_json::Value,
+    /// What the disk was made from.
+    pub inputs: Inputs,
+    /// Programs that made it.
+    pub tools: BTreeMap<String, String>,
+    /// How the guest ran.
+    pub guest: GuestFacts,
+    /// The steps, in order.
+    pub steps: Vec<StepFacts>,
+    /// Seconds per phase, in order.
+    pub phases: Vec<Phase>,
+    /// Installed packages, one a line: name, version, architecture.
+    pub packages: Vec<String>,
+    /// Tests for the rehearsed instance.
+    pub tests: Vec<TestFacts>,
+    /// What the recipe says of publishing.
+    pub publish: PublishFacts,
+}
+
+/// Digests of everything that went in.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Inputs {
+    /// The base image as the recipe names it.
+    pub base: String,
+    /// SHA-256 of the base image.
+    pub base_sha256: String,
+    /// Its format.
+    pub base_format: String,
+    /// SHA-256 of the recipe's text.
+    pub recipe_sha256: String,
+}
+
+/// How the guest ran.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct GuestFacts {
+    /// `kvm` or `tcg`.
+    pub accelerator: String,
+    /// `direct` or `firmware`.
+    pub boot: String,
+    /// Processors.
+    pub cpus: u32,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// `none` or `open`.
+    pub network: String,
+}
+
+/// One step.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StepFacts {
+    /// Its name.
+    pub name: String,
+    /// SHA-256 over what went into the guest for it.
+    pub sha256: String,
+    /// How long it took, in seconds.
+    pub seconds: f64,
+    /// Whether it came from the cache.
+    pub cached: bool,
+    /// Its log, relative to the output folder.
+    pub log: String,
+}
+
+/// How long a part of the build took.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Phase {
+    /// Its stable name.
+    pub phase: String,
+    /// In seconds.
+    pub seconds: f64,
+}
+
+/// A test.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TestFacts {
+    /// Its name.
+    pub name: String,
+    /// The command.
+    pub run: String,
+    /// How long it may take, in seconds.
+    pub timeout: Option<f64>,
+}
+
+/// `[publish]`, as `kiln publish` needs it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct PublishFacts {
+    /// Template of the image's name.
+    pub image_name: Option<String>,
+    /// Words about the image.
+    pub description: Option<String>,
+    /// Regions.
+    pub regions: Vec<String>,
+    /// The bucket for the import.
+    pub bucket: Option<String>,
+    /// What keys start with.
+    pub prefix: Option<String>,
+    /// How instances boot.
+    pub boot_mode: Option<String>,
+    /// `v2.0` or `v1.0`.
+    pub imds: String,
+    /// The root device.
+    pub root_device: Option<String>,
+    /// Tags.
+    pub tags: BTreeMap<String, String>,
+    /// The importing role.
+    pub role: Option<String>,
+}
+
+impl PublishFacts {
+    /// What `recipe` says of publishing.
+    #[must_use]
+    pub fn of(recipe: &Recipe) -> Self {
+        let publish = &recipe.publish;
+        Self {
+            image_name: publish.image_name.clone(),
+            description: publish.description.clone(),
+            regions: publish.regions.clone(),
+            bucket: publish.bucket.clone(),
+            prefix: publish.prefix.clone(),
+            boot_mode: publish.boot_mode.map(|mode| mode.as_str().to_owned()),
+            imds: publish.imds.unwrap_or_default().as_str().to_owned(),
+            root_device: publish.root_device.clone(),
+            tags: publish.tags.clone(),
+            role: publish.role.clone(),
+        }
+    }
+}
+
+impl TestFacts {
+    /// The tests of `recipe`.
+    #[must_use]
+    pub fn of(recipe: &Recipe) -> Vec<Self> {
+        let fact = |test: &crate::recipe::TestStep| Self {
+            name: test.name.clone(),
+            run: test.run.clone(),
+            timeout: test.timeout.map(|timeout| timeout.as_secs_f64()),
+        };
+        recipe.tests.iter().map(fact).collect()
+    }
+}
+
+impl Manifest {
+    /// Reads the manifest of the output folder `folder`.
+    ///
+    /// # Errors
+    /// When there is none, or one of another version.
+    pub fn read(folder: &Path) -> Result<Self, Error> {
+        let path = folder.join(FILE);
+        let text = std::fs::read(&path).map_err(|error| {
+            let message = format!("`{}` is not an output folder of kiln build: {FILE}: {error}", folder.display());
+            Error::new(Exit::Input, message).help("give the folder that `kiln build` printed, for example out/NAME")
+        })?;
+        let wrong = |why: String| Error::new(Exit::Input, format!("cannot use `{}`: {why}", path.display()));
+        let value: serde_json::Value = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
+        if value["schema"] != SCHEMA {
+            return Err(wrong(format!("it has version {} and this kiln reads {SCHEMA}", value["schema"]))
+                .help("build the image again with this kiln"));
+        }
+        serde_json::from_value(value).map_err(|error| wrong(error.to_string()))
+    }
+
+    /// Writes it into `folder`.
+    ///
+    /// # Errors
+    /// When it can't be written.
+    pub fn write(&self, folder: &Path) -> Result<(), Error> {
+        let mut text = serde_json::to_string_pretty(self)
+            .map_err(|error| Error::new(Exit::Bug, format!("cannot write the manifest: {error}")))?;
+        text.push('\n');
+        fs_err::write(folder.join(FILE), text).map_err(|error| Error::io("cannot write the manifest", &error))
+    }
+}

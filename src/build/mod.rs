@@ -1,0 +1,513 @@
+//! A recipe becomes an output folder. [`build`] is the story, top to bottom.
+
+mod archive;
+mod log;
+pub mod manifest;
+mod output;
+pub(crate) mod session;
+mod steps;
+pub(crate) mod testing;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use sha2::{Digest as _, Sha256};
+
+use crate::cancel::Cancel;
+use crate::disk::{self, BLOCK, Image, Overlay, Table, Work};
+use crate::error::{Error, Exit};
+use crate::event::{Event, Events};
+use crate::plan::{BootPath, Facts, Plan};
+use crate::recipe::{self, Arch, Network, Recipe};
+use crate::store::{self, Imported, Scratch, Store};
+use crate::units::{MIB, Size, hex};
+use crate::vm::accelerator::{self, Kvm, Wanted};
+use crate::vm::guest::Guest;
+use crate::vm::host::Host;
+use crate::vm::spec::Accelerator;
+use crate::{exec, vm};
+use manifest::{DISK, GuestFacts, Inputs, Manifest, Phase, PublishFacts, SCHEMA, StepFacts, TestFacts};
+use output::Pending;
+use session::Session;
+use steps::Ready;
+
+/// Room that a build takes beside the base's own data: the overlay's growth and the logs.
+const ROOM: u64 = 512 * MIB;
+
+/// What the user asked for.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The recipe's file.
+    pub recipe: PathBuf,
+    /// `--set KEY=VALUE`, in order.
+    pub set: Vec<String>,
+    /// The folder that output folders are made in.
+    pub out: PathBuf,
+    /// Which accelerator to use.
+    pub accelerator: Wanted,
+    /// `KILN_QEMU`.
+    pub qemu: Option<PathBuf>,
+    /// `KILN_QEMU_IMG`.
+    pub qemu_img: Option<PathBuf>,
+    /// `SOURCE_DATE_EPOCH`.
+    pub source_date_epoch: Option<u64>,
+    /// Keep the failed guest's disk.
+    pub keep_on_error: bool,
+}
+
+/// A finished output folder.
+#[derive(Debug, Clone)]
+pub struct Artifact {
+    /// Where it is.
+    pub folder: PathBuf,
+    /// What it is.
+    pub manifest: Manifest,
+}
+
+/// Builds the recipe.
+///
+/// # Errors
+/// The first thing that went wrong. QEMU has ended, nothing half-made is left; logs are in `OUT/NAME.failed`.
+pub fn build(request: &Request, store: &Store, events: &Events, cancel: &Cancel) -> Result<Artifact, Error> {
+    let recipe = read_recipe(&request.recipe, &request.set)?;
+    let ready = Ready::check(&recipe)?;
+    let host = Host::find(request.qemu.clone(), request.qemu_img.clone(), cancel)?;
+    let accelerator = choose_accelerator(request.accelerator, &host, store, events, cancel)?;
+    let base = import_base(&recipe, &host, store, events, cancel)?;
+    let (plan, growth) = make_plan(&recipe, &base)?;
+    if let BootPath::Firmware { reason } = &plan.boot {
+        events.note(format!("booting by firmware: {reason}"));
+    }
+    check_room(&base, request, store)?;
+
+    let scratch = store.scratch()?;
+    let pending = Pending::begin(&request.out, &recipe.name)?;
+    let recorder = Recorder::begin(events, &pending)?;
+    let session = Session {
+        recipe: &recipe,
+        plan: &plan,
+        host: &host,
+        accelerator,
+        scratch: scratch.path(),
+        console_log: pending.path().join("console.log"),
+        events: &recorder.events,
+        cancel,
+        boots: 0,
+    };
+    let job = Job { request, base: &base, growth, ready: &ready, recorder: &recorder };
+    match job.run(session, &pending) {
+        Ok(manifest) => Ok(Artifact { folder: pending.commit()?, manifest }),
+        Err(error) => Err(keep_failure(error, request, pending, &scratch)),
+    }
+}
+
+/// Reads and parses a recipe.
+///
+/// # Errors
+/// When it can't be read or is wrong.
+pub fn read_recipe(path: &Path, set: &[String]) -> Result<Recipe, Error> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        let shown = path.display();
+        let message = match error.kind() {
+            std::io::ErrorKind::NotFound => format!("the recipe `{shown}` does not exist"),
+            std::io::ErrorKind::InvalidData => format!("the recipe `{shown}` is not UTF-8 text"),
+            std::io::ErrorKind::IsADirectory => format!("the recipe `{shown}` is a folder"),
+            _ => format!("cannot read the recipe `{shown}`: {error}"),
+        };
+        Error::new(Exit::Input, message).help("`kiln init` writes a recipe to start from")
+    })?;
+    recipe::parse(path, &text, set)
+}
+
+/// Finds out what the host accelerates, and says so where it is not what one would wish.
+///
+/// # Errors
+/// When KVM is insisted on and doesn't work.
+pub fn choose_accelerator(
+    wanted: Wanted,
+    host: &Host,
+    store: &Store,
+    events: &Events,
+    cancel: &Cancel,
+) -> Result<Accelerator, Error> {
+    let kvm = match wanted {
+        Wanted::Tcg => Kvm::Absent,
+        Wanted::Auto | Wanted::Kvm => accelerator::probe(&host.qemu, &store.accelerator_memory(), cancel)?,
+    };
+    match accelerator::choose(wanted, &kvm) {
+        Ok((accelerator, None)) => Ok(accelerator),
+        Ok((accelerator, Some(cause))) => {
+            let message = format!("using software emulation (TCG), which is several times slower: {cause}");
+            events.emit(Event::Warning { message, help: Some(kvm.remedy().to_owned()) });
+            Ok(accelerator)
+        }
+        Err(kvm) => Err(Error::new(Exit::Host, format!("--accel kvm: {}", kvm.cause())).help(kvm.remedy())),
+    }
+}
+
+/// What a build of `recipe` would do; the base is imported for it.
+///
+/// # Errors
+/// What a build would fail with before it starts anything.
+pub fn plan(
+    recipe: &Recipe,
+    host: &Host,
+    store: &Store,
+    events: &Events,
+    cancel: &Cancel,
+) -> Result<(Plan, Imported), Error> {
+    Ready::check(recipe)?;
+    let base = import_base(recipe, host, store, events, cancel)?;
+    Ok((make_plan(recipe, &base)?.0, base))
+}
+
+fn import_base(
+    recipe: &Recipe,
+    host: &Host,
+    store: &Store,
+    events: &Events,
+    cancel: &Cancel,
+) -> Result<Imported, Error> {
+    let base = &recipe.base;
+    let path = match &base.image {
+        recipe::Image::Path(path) => path,
+        recipe::Image::Url(url) => {
+            return Err(Error::new(Exit::Input, format!("kiln can't download `{url}` yet"))
+                .at(recipe.place(&base.span))
+                .help("download it and name the file: image = \"FILE\""));
+        }
+    };
+    store.import_base(path, base.digest.as_ref(), &host.qemu_img, events, cancel).map_err(|error| {
+        if error.exit != Exit::Input || error.place.is_some() {
+            return error;
+        }
+        let digest = base.digest_span.as_ref().filter(|_| !error.notes.is_empty());
+        let place = recipe.place(digest.unwrap_or(&base.span));
+        error.at(place)
+    })
+}
+
+/// What is to be done, and the sectors that make the partition table right for the new size.
+fn make_plan(recipe: &Recipe, base: &Imported) -> Result<(Plan, Growth), Error> {
+    let at_base = |error: disk::Error| disk_failure(error).at(recipe.place(&recipe.base.span));
+    let image = Image::raw(&base.disk).map_err(at_base)?;
+    let table = Table::read(&image).map_err(at_base)?;
+    let root = table.find_root(&image).map_err(at_base)?;
+    let files = disk::boot_files(&table, &image).map_err(at_base)?;
+    let arch = match &files {
+        Ok(files) => Some(files.arch),
+        Err(_) => table.arch(&image).map_err(at_base)?,
+    };
+    let facts = Facts {
+        base_size: table.size,
+        base_arch: arch.map(|arch| match arch {
+            disk::Arch::X86_64 => Arch::X86_64,
+            disk::Arch::Aarch64 => Arch::Aarch64,
+        }),
+        root_filesystem: root.map(|root| root.filesystem.kind),
+        direct: files.map(drop),
+    };
+    let plan = Plan::new(recipe, &facts)?;
+    let size = plan.disk_size.bytes();
+    let patches = match root {
+        _ if size == table.size => Vec::new(),
+        Some(root) => table.grow(size, root.number).map_err(|error| {
+            let error = disk_failure(error);
+            let span = recipe.disk.span.as_ref().unwrap_or(&recipe.base.span);
+            error.at(recipe.place(span))
+        })?,
+        None => {
+            return Err(Error::new(Exit::Input, "the base has no root partition that kiln could grow")
+                .at(recipe.place(&recipe.base.span)));
+        }
+    };
+    Ok((plan, Growth { grows: size != table.size, patches }))
+}
+
+/// How the base's partition table changes.
+struct Growth {
+    grows: bool,
+    patches: Vec<disk::Patch>,
+}
+
+fn check_room(base: &Imported, request: &Request, store: &Store) -> Result<(), Error> {
+    let data = store::allocated(&base.disk).unwrap_or(0);
+    let mut out = request.out.clone();
+    while !out.exists() && out.pop() {}
+    let out = if out.as_os_str().is_empty() { PathBuf::from(".") } else { out };
+    for (place, need, help) in [
+        (store.path(), ROOM, "free some space, or choose another place with --cache-dir"),
+        (out.as_path(), data + ROOM, "free some space, or choose another place with --out"),
+    ] {
+        let free = store::free_space(place).unwrap_or(u64::MAX);
+        if free < need {
+            let (shown, free, need) = (place.display(), Size(free), Size(need));
+            let message = format!("the filesystem of `{shown}` has {free} free, and this build needs about {need}");
+            return Err(Error::new(Exit::Host, message).help(help));
+        }
+    }
+    Ok(())
+}
+
+/// What the build needs beside its guest.
+struct Job<'a> {
+    request: &'a Request,
+    base: &'a Imported,
+    growth: Growth,
+    ready: &'a Ready,
+    recorder: &'a Recorder,
+}
+
+impl Job<'_> {
+    fn run(&self, mut session: Session<'_>, pending: &Pending) -> Result<Manifest, Error> {
+        let events = session.events;
+        let size = session.plan.disk_size.bytes();
+        Overlay::create(&session.overlay(), size, &self.base.disk, &self.growth.patches).map_err(disk_failure)?;
+
+        let mut guest = Self::boot(&mut session)?;
+        if self.growth.grows {
+            session.own(&mut guest, "the larger root filesystem", session::GROW, &BTreeMap::new())?;
+        }
+        let mut done = Vec::new();
+        let epoch = self.request.source_date_epoch.unwrap_or_else(now);
+        for index in 0..session.recipe.steps.len() {
+            done.push(steps::run(&session, &mut guest, index, self.ready, pending, epoch)?);
+            if session.recipe.steps[index].reboot {
+                guest = Self::reboot(&mut session, guest)?;
+            }
+        }
+        let packages = session.own(&mut guest, "the list of packages", session::PACKAGES, &BTreeMap::new())?;
+        events.phase("seal", "sealing the disk", |()| String::new(), || seal(&session, guest))?;
+        let exported = Self::export(&session, pending)?;
+        let manifest = self.manifest(&session, &exported, done, &packages)?;
+        manifest.write(&pending.path())?;
+        Ok(manifest)
+    }
+
+    fn boot(session: &mut Session<'_>) -> Result<Guest, Error> {
+        let way = session.plan.boot.as_str();
+        let how = format!("booting the guest ({way}, {})", session.accelerator.as_str());
+        let outcome = format!("{way}, {}", session.accelerator.as_str());
+        session.events.phase("boot", how, |_| outcome, || session.boot())
+    }
+
+    fn reboot(session: &mut Session<'_>, mut guest: Guest) -> Result<Guest, Error> {
+        let events = session.events;
+        events.phase(
+            "halt",
+            "shutting the guest down for a reboot",
+            |()| String::new(),
+            || {
+                session.own(&mut guest, "the network's end", session::NETWORK_DOWN, &BTreeMap::new())?;
+                guest.halt(Duration::from_secs(180)).map_err(guest_failure)
+            },
+        )?;
+        Self::boot(session)
+    }
+
+    fn export(session: &Session<'_>, pending: &Pending) -> Result<Export, Error> {
+        let events = session.events;
+        let describe = |export: &Export| {
+            format!("{} of data in {}", Size(export.exported.block_map.data_bytes()), session.plan.disk_size)
+        };
+        events.phase("export", "writing disk.raw", describe, || {
+            let overlay = Image::overlay(&session.overlay()).map_err(disk_failure)?;
+            let work = Work {
+                // Twice the processors: a thread that waits for the disk must not keep one idle.
+                threads: std::thread::available_parallelism().map_or(4, |count| 2 * usize::from(count)),
+                progress: &|done, total| events.emit(Event::Progress { phase: "export", done, total }),
+                cancelled: &|| session.cancel.check().is_err(),
+            };
+            let folder = pending.path();
+            let exported = disk::export(&overlay, &folder.join(DISK), &work);
+            session.cancel.check()?;
+            let exported = exported.map_err(disk_failure)?;
+            let failed = |error: std::io::Error| Error::io("cannot write the block map", &error);
+            let mut blocks = fs_err::File::create(folder.join("blocks")).map_err(failed)?;
+            exported.block_map.write_to(&mut blocks).map_err(disk_failure)?;
+            let table = Table::read(&overlay).map_err(disk_failure)?;
+            let modes = table.boot_modes(&overlay).map_err(disk_failure)?;
+            Ok(Export { exported, table, modes })
+        })
+    }
+
+    fn manifest(
+        &self,
+        session: &Session<'_>,
+        export: &Export,
+        steps: Vec<StepFacts>,
+        packages: &[u8],
+    ) -> Result<Manifest, Error> {
+        let recipe = session.recipe;
+        let bug = |error: serde_json::Error| Error::new(Exit::Bug, format!("cannot write the manifest: {error}"));
+        let mut boot_modes = Vec::new();
+        if export.modes.legacy_bios {
+            boot_modes.push("legacy-bios".to_owned());
+        }
+        if !export.modes.uefi.is_empty() {
+            boot_modes.push("uefi".to_owned());
+        }
+        let recipe::Image::Path(base) = &recipe.base.image else {
+            return Err(Error::new(Exit::Bug, "a base without a file was built"));
+        };
+        Ok(Manifest {
+            schema: SCHEMA,
+            name: recipe.name.clone(),
+            description: recipe.description.clone(),
+            arch: recipe.base.arch.as_str().to_owned(),
+            digest: export.exported.block_map.digest().to_string(),
+            size: export.exported.block_map.size(),
+            data_bytes: export.exported.block_map.data_bytes(),
+            block_size: BLOCK,
+            boot_modes,
+            partitions: serde_json::to_value(&export.table).map_err(bug)?,
+            inputs: Inputs {
+                base: base.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+                base_sha256: self.base.sha256.clone(),
+                base_format: self.base.format.clone(),
+                recipe_sha256: hex(&Sha256::digest(recipe.text.as_bytes())),
+            },
+            tools: BTreeMap::from([
+                ("kiln".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+                ("qemu".to_owned(), session.host.qemu_version.clone()),
+                ("qemu-img".to_owned(), session.host.qemu_img_version.clone()),
+            ]),
+            guest: GuestFacts {
+                accelerator: session.accelerator.as_str().to_owned(),
+                boot: session.plan.boot.as_str().to_owned(),
+                cpus: recipe.machine.cpus,
+                memory: recipe.machine.memory.bytes(),
+                network: recipe.machine.network.as_str().to_owned(),
+            },
+            steps,
+            phases: self.recorder.phases(),
+            packages: String::from_utf8_lossy(packages).lines().map(str::to_owned).collect(),
+            tests: TestFacts::of(recipe),
+            publish: PublishFacts::of(recipe),
+        })
+    }
+}
+
+struct Export {
+    exported: disk::Exported,
+    table: Table,
+    modes: disk::BootModes,
+}
+
+/// Takes away what the build left and what instances must not share, then stops the guest with its disk clean.
+fn seal(session: &Session<'_>, mut guest: Guest) -> Result<(), Error> {
+    let seal = &session.recipe.seal;
+    session.own(&mut guest, "the guest's end", session::SETTLE, &BTreeMap::new())?;
+    if session.recipe.machine.network != Network::None {
+        session.own(&mut guest, "the network's end", session::NETWORK_DOWN, &BTreeMap::new())?;
+    }
+    if seal.enabled {
+        let keep: Vec<_> = seal.keep.iter().map(|keep| keep.as_str()).collect();
+        let env = BTreeMap::from([("KILN_KEEP".to_owned(), keep.join(" "))]);
+        session.own(&mut guest, "the seal", session::SEAL, &env)?;
+    }
+    guest.freeze(Duration::from_secs(120)).map_err(|error| match error {
+        vm::Error::Refused(why) => Error::new(Exit::Step, format!("the guest's disk can't be unmounted: {why}"))
+            .help("end what uses it in the last step"),
+        error => guest_failure(error),
+    })
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
+/// Writes every event to `build.log` on its way to the user, and remembers how long phases took.
+struct Recorder {
+    events: Events,
+    phases: Arc<Mutex<Vec<Phase>>>,
+}
+
+impl Recorder {
+    fn begin(events: &Events, pending: &Pending) -> Result<Self, Error> {
+        let path = pending.path().join("build.log");
+        let file = fs_err::File::create(&path).map_err(|error| Error::io("cannot write the build's log", &error))?;
+        let (file, started, outer) = (Mutex::new(file), Instant::now(), events.clone());
+        let phases = Arc::new(Mutex::new(Vec::new()));
+        let into = Arc::clone(&phases);
+        let events = Events::new(move |event| {
+            if let Some(line) = event.log_line() {
+                use std::io::Write;
+                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+                let _ = writeln!(file, "{:9.3} {line}", started.elapsed().as_secs_f64());
+            }
+            if let Event::PhaseDone { phase, took, .. } = &event {
+                let seconds = (took.as_secs_f64() * 1000.0).round() / 1000.0;
+                let phase = Phase { phase: (*phase).to_owned(), seconds };
+                into.lock().unwrap_or_else(PoisonError::into_inner).push(phase);
+            }
+            outer.emit(event);
+        });
+        Ok(Self { events, phases })
+    }
+
+    fn phases(&self) -> Vec<Phase> {
+        self.phases.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// A disk that can't be read or written, with its exit code and remedy.
+pub(crate) fn disk_failure(error: disk::Error) -> Error {
+    let cause = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
+    let exit = match &error {
+        disk::Error::NoSpace { .. }
+        | disk::Error::Create { .. }
+        | disk::Error::Write { .. }
+        | disk::Error::Open { .. }
+        | disk::Error::Read { .. } => Exit::Host,
+        _ => Exit::Input,
+    };
+    let full = matches!(error, disk::Error::NoSpace { .. });
+    let failure = Error::new(exit, format!("{error}{cause}"));
+    if full { failure.help("free some space, or choose another place with --out or --cache-dir") } else { failure }
+}
+
+/// A guest that failed, with its exit code and remedy.
+pub(crate) fn guest_failure(error: vm::Error) -> Error {
+    if let vm::Error::Cancelled(cancelled) | vm::Error::Exec(exec::Error::Cancelled(cancelled)) = error {
+        return cancelled.into();
+    }
+    let mut failure = Error::new(error.exit(), error.to_string());
+    if let Some(console) = error.console() {
+        let last = console.lines().rev().take(3).collect::<Vec<_>>();
+        failure.notes.extend(last.iter().rev().map(|line| format!("console: {line}")));
+    }
+    match &error {
+        vm::Error::HostDiskFull => failure.help("free some space, or choose another place with --cache-dir"),
+        vm::Error::Died { how, .. } if how.contains("signal 9") => {
+            failure.help("was it the host's out-of-memory killer? see dmesg; a smaller [machine] memory may help")
+        }
+        _ => failure,
+    }
+}
+
+/// Keeps what explains the failure; after a signal nothing.
+fn keep_failure(mut error: Error, request: &Request, pending: Pending, scratch: &Scratch) -> Error {
+    if let Exit::Signal(_) = error.exit {
+        return error;
+    }
+    let overlay = scratch.path().join("overlay.qcow2");
+    let keep = request.keep_on_error && overlay.is_file();
+    let (build_log, console_log) = (pending.after_failure("build.log"), pending.after_failure("console.log"));
+    match pending.fail(keep.then_some(overlay.as_path())) {
+        Ok(folder) => {
+            if error.log.is_none() {
+                error.log = Some(if console_log.is_file() { console_log } else { build_log });
+            }
+            if keep {
+                let overlay = folder.join("overlay.qcow2");
+                error.notes.push(format!("the guest's disk is kept: {}", overlay.display()));
+                error.notes.push(format!("look into it: qemu-img convert -O raw {} disk.raw", overlay.display()));
+            }
+        }
+        Err(lost) => error.notes.push(format!("the logs could not be kept: {lost}")),
+    }
+    error
+}

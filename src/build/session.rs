@@ -1,0 +1,221 @@
+//! The build guest: started by the way the plan chose, asked to run things, started again after a reboot.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::archive::Script;
+use super::guest_failure;
+use super::log::Answer;
+use crate::cancel::Cancel;
+use crate::disk::{self, Image, Table};
+use crate::error::{Error, Exit};
+use crate::event::Events;
+use crate::plan::{BootPath, Plan};
+use crate::recipe::{Network, Recipe};
+use crate::units::show_duration;
+use crate::vm::guest::{Ended, Guest};
+use crate::vm::process::{Launch, Machine};
+use crate::vm::spec::{self, Accelerator, Boot, DiskBus, Spec};
+use crate::vm::{self, Sink, filter, host::Host, seed};
+
+/// How long a guest may take to boot under software emulation of a slow host.
+const BOOT_LIMIT: Duration = Duration::from_secs(600);
+/// How long kiln's own scripts may take.
+const OWN_LIMIT: Duration = Duration::from_secs(300);
+
+pub(super) const NETWORK_UP: &str = include_str!("guest/network-up.sh");
+pub(super) const NETWORK_DOWN: &str = include_str!("guest/network-down.sh");
+pub(super) const GROW: &str = include_str!("guest/grow.sh");
+pub(super) const SETTLE: &str = include_str!("guest/settle.sh");
+pub(super) const SEAL: &str = include_str!("guest/seal.sh");
+pub(super) const PACKAGES: &str = include_str!("guest/packages.sh");
+
+/// Everything that starting the guest takes.
+pub(super) struct Session<'a> {
+    pub(super) recipe: &'a Recipe,
+    pub(super) plan: &'a Plan,
+    pub(super) host: &'a Host,
+    pub(super) accelerator: Accelerator,
+    pub(super) scratch: &'a Path,
+    pub(super) console_log: PathBuf,
+    pub(super) events: &'a Events,
+    pub(super) cancel: &'a Cancel,
+    pub(super) boots: u32,
+}
+
+impl Session<'_> {
+    /// Where the guest's overlay is.
+    pub(super) fn overlay(&self) -> PathBuf {
+        self.scratch.join("overlay.qcow2")
+    }
+
+    /// Starts the guest and waits for its agent; gives it the network if it has one.
+    pub(super) fn boot(&mut self) -> Result<Guest, Error> {
+        self.boots += 1;
+        let limit = BOOT_LIMIT.min(self.recipe.machine.timeout);
+        let spec = self.spec()?;
+        let launch = Launch {
+            qemu: &self.host.qemu,
+            folder: self.scratch,
+            console_log: &self.console_log,
+            expect: None,
+            mirror: None,
+        };
+        let machine = Machine::start(&spec, &launch, self.cancel).map_err(|error| self.boot_failure(error))?;
+        let mut guest = Guest::connect(machine, limit).map_err(|error| self.boot_failure(error))?;
+        if self.recipe.machine.network != Network::None {
+            self.own(&mut guest, "the guest's network", NETWORK_UP, &network_environment())?;
+        }
+        Ok(guest)
+    }
+
+    fn spec(&self) -> Result<Spec, Error> {
+        let file = |name: &str| self.scratch.join(name);
+        let failed = |error: std::io::Error| Error::io("cannot write the guest's drives", &error);
+        Guest::write_agent_drive(&file("agent")).map_err(failed)?;
+        let boot = match &self.plan.boot {
+            BootPath::Direct => self.direct()?,
+            BootPath::Firmware { .. } => {
+                seed::write(&file("seed"), self.boots).map_err(failed)?;
+                self.firmware()?
+            }
+        };
+        Ok(Spec {
+            accelerator: self.accelerator,
+            cpus: self.recipe.machine.cpus,
+            memory: self.recipe.machine.memory,
+            overlay: self.overlay(),
+            bus: DiskBus::Virtio,
+            agent: Some(file("agent")),
+            seed: matches!(boot, Boot::Bios | Boot::Uefi { .. }).then(|| file("seed")),
+            boot,
+            network: match self.recipe.machine.network {
+                Network::None => spec::Network::None,
+                Network::Open | Network::Locked => spec::Network::Filtered,
+            },
+        })
+    }
+
+    /// Kernel and initrd as they are on the disk now: after a step that installed another kernel, the new one.
+    fn direct(&self) -> Result<Boot, Error> {
+        let image = Image::overlay(&self.overlay()).map_err(super::disk_failure)?;
+        let table = Table::read(&image).map_err(super::disk_failure)?;
+        let files = disk::boot_files(&table, &image).map_err(super::disk_failure)?.map_err(|why| {
+            Error::new(Exit::Input, format!("the disk can't be booted directly any more: {why}"))
+                .help("set [machine] boot = \"firmware\"")
+        })?;
+        let failed = |error: std::io::Error| Error::io("cannot keep the guest's kernel", &error);
+        let kernel = self.scratch.join("kernel");
+        fs_err::write(&kernel, &files.kernel).map_err(failed)?;
+        let initrd = files.initrd.as_ref().map(|_| self.scratch.join("initrd"));
+        if let (Some(path), Some(bytes)) = (&initrd, &files.initrd) {
+            fs_err::write(path, bytes).map_err(failed)?;
+        }
+        self.events.detail(format!("kernel {} with {}", files.kernel_path, files.root));
+        Ok(Boot::Direct { kernel, initrd, command_line: command_line(&files.root) })
+    }
+
+    /// BIOS if the disk has a boot sector for it, else UEFI.
+    fn firmware(&self) -> Result<Boot, Error> {
+        let image = Image::overlay(&self.overlay()).map_err(super::disk_failure)?;
+        let table = Table::read(&image).map_err(super::disk_failure)?;
+        let modes = table.boot_modes(&image).map_err(super::disk_failure)?;
+        if modes.legacy_bios || modes.uefi.is_empty() {
+            return Ok(Boot::Bios);
+        }
+        uefi(self.host, self.scratch)
+    }
+
+    /// Runs one of kiln's own scripts in the guest; its output goes to the build's log only.
+    pub(super) fn own(
+        &self,
+        guest: &mut Guest,
+        what: &str,
+        text: &str,
+        env: &BTreeMap<String, String>,
+    ) -> Result<Vec<u8>, Error> {
+        let output = Arc::new(Mutex::new(Vec::new()));
+        let sink: Box<dyn Sink> = Box::new(Answer(Arc::clone(&output)));
+        let script = Script { text: text.as_bytes(), env, files: &[], texts: &[] };
+        let archive =
+            script.archive(self.scratch).map_err(|error| Error::io("cannot write the guest's drives", &error))?;
+        let limit = OWN_LIMIT.min(self.recipe.machine.timeout);
+        let started = Instant::now();
+        let ended = guest.run(what, archive, false, sink, limit).map_err(guest_failure)?;
+        self.events.detail(format!("{what}: {}", show_duration(started.elapsed())));
+        let output = std::mem::take(&mut *output.lock().unwrap_or_else(PoisonError::into_inner));
+        let Ended { status, .. } = ended;
+        if status == 0 {
+            return Ok(output);
+        }
+        let words = String::from_utf8_lossy(&output);
+        let last = words.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+        let last = last.trim_start_matches("kiln: ");
+        Err(Error::new(Exit::Input, format!("{what} could not be set up (status {status}): {last}")))
+    }
+
+    fn boot_failure(&self, error: vm::Error) -> Error {
+        let kernel = matches!(error, vm::Error::GuestLost { .. } | vm::Error::GuestStopped { .. });
+        let timed_out = matches!(error, vm::Error::TimedOut { .. });
+        let mut failure = guest_failure(error);
+        if failure.exit == Exit::Input && kernel && failure.help.is_none() {
+            failure.help = Some(match self.plan.boot {
+                BootPath::Direct => {
+                    "read the console's log; [machine] boot = \"firmware\" starts the disk by its own boot loader"
+                        .to_owned()
+                }
+                BootPath::Firmware { .. } => {
+                    "read the console's log; is the base a bootable cloud image for this architecture?".to_owned()
+                }
+            });
+        }
+        if timed_out {
+            failure.help = Some(match self.plan.boot {
+                BootPath::Direct => {
+                    "read the console's log; a slow host may need a longer [machine] timeout".to_owned()
+                }
+                BootPath::Firmware { .. } => {
+                    "read the console's log; the agent is started by cloud-init, which the base must have".to_owned()
+                }
+            });
+        }
+        failure
+    }
+}
+
+/// UEFI firmware with a variable store of its own in `folder`.
+///
+/// # Errors
+/// When the host has none.
+pub(crate) fn uefi(host: &Host, folder: &Path) -> Result<Boot, Error> {
+    let Some(uefi) = &host.uefi else {
+        return Err(Error::new(Exit::Host, "UEFI firmware for QEMU not found")
+            .help("install it: apt install ovmf (Debian, Ubuntu), dnf install edk2-ovmf (Fedora, EL)"));
+    };
+    let variables = folder.join("uefi-variables");
+    let failed = |error: std::io::Error| Error::io("cannot copy the UEFI variables", &error);
+    let bytes = fs_err::read(&uefi.variables).map_err(failed)?;
+    fs_err::write(&variables, bytes).map_err(failed)?;
+    Ok(Boot::Uefi { code: uefi.code.clone(), variables })
+}
+
+/// `panic=-1` turns a panic into a reset, which QEMU reports; cloud-init stays off, so that it leaves no traces;
+/// `AppArmor` stays off because compiling its profiles at boot takes longer than the rest under software emulation.
+fn command_line(root: &str) -> String {
+    format!(
+        "root={root} rw console=ttyS0 quiet panic=-1 apparmor=0 cloud-init=disabled \
+         systemd.run=\"/bin/sh /dev/disk/by-id/virtio-kiln-agent\""
+    )
+}
+
+fn network_environment() -> BTreeMap<String, String> {
+    let address = |[a, b, c, d]: [u8; 4]| format!("{a}.{b}.{c}.{d}");
+    BTreeMap::from([
+        ("KILN_MAC".to_owned(), spec::MAC.to_owned()),
+        ("KILN_ADDRESS".to_owned(), filter::GUEST.to_owned()),
+        ("KILN_GATEWAY".to_owned(), address(filter::GATEWAY)),
+        ("KILN_NAME_SERVER".to_owned(), address(filter::NAME_SERVER)),
+    ])
+}

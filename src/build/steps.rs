@@ -1,0 +1,282 @@
+//! One step: what goes into the guest for it, and what its end means.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use sha2::{Digest as _, Sha256};
+
+use super::archive::{Copy, Script};
+use super::log::{Seen, StepLog};
+use super::manifest::StepFacts;
+use super::output::Pending;
+use super::session::Session;
+use crate::error::{Error, Exit};
+use crate::event::Event;
+use crate::recipe::{Action, Network, Recipe, Step};
+use crate::vm::guest::{Ended, Guest, Owner};
+use crate::{provisioners, units, vm};
+
+/// Steps whose files are all there: checked before anything is started.
+pub(super) struct Ready {
+    scripts: Vec<Option<Vec<u8>>>,
+}
+
+impl Ready {
+    /// Reads every script and looks at every file that the steps name.
+    pub(super) fn check(recipe: &Recipe) -> Result<Self, Error> {
+        let scripts = recipe.steps.iter().map(|step| check(recipe, step)).collect::<Result<_, _>>()?;
+        Ok(Self { scripts })
+    }
+}
+
+fn check(recipe: &Recipe, step: &Step) -> Result<Option<Vec<u8>>, Error> {
+    let missing = |path: &Path, error: &std::io::Error| {
+        Error::new(Exit::Input, format!("cannot read `{}`: {}", path.display(), plain(error)))
+            .at(recipe.place(&step.value_span))
+            .help("paths are relative to the recipe's folder")
+    };
+    for (_, path) in extra_files(recipe, step) {
+        std::fs::symlink_metadata(&path).map_err(|error| missing(&path, &error))?;
+    }
+    match &step.action {
+        Action::File { path, .. } => {
+            let path = recipe.dir().join(path);
+            Ok(Some(std::fs::read(&path).map_err(|error| missing(&path, &error))?))
+        }
+        Action::Inline { script, .. } => Ok(Some(script.clone().into_bytes())),
+        Action::Uses { provisioner, .. } => Ok(Some(provisioner.script.as_bytes().to_vec())),
+        Action::Copy { from, .. } => {
+            let path = recipe.dir().join(from);
+            std::fs::metadata(&path).map_err(|error| missing(&path, &error))?;
+            Ok(None)
+        }
+    }
+}
+
+fn plain(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => "no such file or folder".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+fn extra_files(recipe: &Recipe, step: &Step) -> Vec<(PathBuf, PathBuf)> {
+    let (folder, files) = step.action.files();
+    files.iter().map(|file| (file.clone(), recipe.dir().join(folder).join(file))).collect()
+}
+
+/// Runs step `index` (from 0).
+pub(super) fn run(
+    session: &Session<'_>,
+    guest: &mut Guest,
+    index: usize,
+    ready: &Ready,
+    pending: &Pending,
+    epoch: u64,
+) -> Result<StepFacts, Error> {
+    let recipe = session.recipe;
+    let step = &recipe.steps[index];
+    let (number, total) = (index + 1, recipe.steps.len());
+    session.events.emit(Event::StepStarted { index: number, total, name: step.name.clone() });
+    let log = format!("steps/{number:02}-{}.log", slug(&step.name));
+    let started = Instant::now();
+    let io_failed = |error: std::io::Error| Error::io("cannot write the step's log", &error);
+    let (sink, seen) = StepLog::open(&pending.path().join(&log), Some(session.events.clone())).map_err(io_failed)?;
+    let limit = step.timeout.unwrap_or(recipe.machine.timeout);
+    let what = format!("step `{}`", step.name);
+    let env = environment(recipe, step, epoch);
+    let cannot_send = |error: std::io::Error| {
+        let failed = Error::io(format!("cannot read what {what} copies"), &error);
+        if failed.help.is_some() { failed } else { failed.at(recipe.place(&step.value_span)) }
+    };
+    let sent;
+    let result = match (&step.action, &ready.scripts[index]) {
+        (Action::Copy { from, to, contents, owner, mode }, _) => {
+            let owner = split_owner(owner.as_deref());
+            let latest = std::env::var_os("SOURCE_DATE_EPOCH").map(|_| epoch);
+            let from = recipe.dir().join(from);
+            let copy = Copy { from: &from, to, contents: *contents, owner: &owner, mode: *mode, latest };
+            let (archive, folder) = copy.archive(session.scratch).map_err(cannot_send)?;
+            sent = archive.digest().map_err(cannot_send)?;
+            guest.put(&what, archive, &owner, &folder, sink, limit)
+        }
+        (action, script) => {
+            let texts: &[(&str, &str)] = match action {
+                Action::Uses { .. } => &[("lib.sh", provisioners::LIBRARY)],
+                _ => &[],
+            };
+            let text = script.as_deref().unwrap_or_default();
+            let script = Script { text, env: &env, files: &extra_files(recipe, step), texts };
+            let archive = script.archive(session.scratch).map_err(cannot_send)?;
+            sent = hash(text, &env);
+            guest.run(&what, archive, script.has_shebang(), sink, limit)
+        }
+    };
+    if let Some(error) = seen.failure() {
+        return Err(Error::io("cannot write the step's log", &error));
+    }
+    judge(recipe, step, result, limit, &seen).map_err(|error| match error.exit {
+        Exit::Step | Exit::TimedOut => error.log(pending.after_failure(&log)),
+        _ => error,
+    })?;
+    let took = started.elapsed();
+    session.events.emit(Event::StepDone { index: number, name: step.name.clone(), took });
+    Ok(StepFacts { name: step.name.clone(), sha256: sent, seconds: took.as_secs_f64(), cached: false, log })
+}
+
+/// What the end of a step means for the build.
+fn judge(
+    recipe: &Recipe,
+    step: &Step,
+    result: Result<Ended, vm::Error>,
+    limit: Duration,
+    seen: &Seen,
+) -> Result<(), Error> {
+    let error = match result {
+        Ok(ended) if ended.status == 0 => return Ok(()),
+        Ok(ended) => failure(recipe, step, ended, seen),
+        Err(vm::Error::TimedOut { .. }) => timed_out(step, limit, seen),
+        Err(error) => {
+            let mut failed = super::guest_failure(error);
+            if let Exit::Signal(_) = failed.exit {
+                return Err(failed);
+            }
+            failed.message = format!("step `{}`: {}", step.name, failed.message);
+            failed
+        }
+    };
+    Err(error.at(recipe.place(&step.span)))
+}
+
+fn hash(script: &[u8], env: &BTreeMap<String, String>) -> String {
+    let mut hasher = Sha256::new();
+    hasher.update((script.len() as u64).to_le_bytes());
+    hasher.update(script);
+    for (key, value) in env.iter().filter(|(key, _)| key.as_str() != "SOURCE_DATE_EPOCH") {
+        hasher.update(format!("{key}\0{value}\0"));
+    }
+    units::hex(&hasher.finalize())
+}
+
+fn environment(recipe: &Recipe, step: &Step, epoch: u64) -> BTreeMap<String, String> {
+    let mut env = recipe.env.clone();
+    env.extend(step.env.clone());
+    if let Action::Uses { inputs, .. } = &step.action {
+        env.extend(inputs.clone());
+    }
+    env.insert("KILN_NAME".to_owned(), recipe.name.clone());
+    env.insert("KILN_STEP".to_owned(), step.name.clone());
+    env.insert("KILN_ARCH".to_owned(), recipe.base.arch.as_str().to_owned());
+    env.entry("SOURCE_DATE_EPOCH".to_owned()).or_insert_with(|| epoch.to_string());
+    env
+}
+
+fn split_owner(owner: Option<&str>) -> Owner {
+    let owner = owner.unwrap_or("root");
+    let (user, group) = owner.split_once(':').unwrap_or((owner, owner));
+    Owner { user: user.to_owned(), group: group.to_owned() }
+}
+
+fn kind(step: &Step) -> &'static str {
+    match step.action {
+        Action::Uses { .. } => "provisioner",
+        Action::Copy { .. } => "copy",
+        Action::File { .. } | Action::Inline { .. } => "step",
+    }
+}
+
+fn failure(recipe: &Recipe, step: &Step, ended: Ended, seen: &Seen) -> Error {
+    let how = match ended.status {
+        status @ 129..=192 => format!("was killed by signal {}", status - 128),
+        status => format!("failed with exit code {status}"),
+    };
+    let mut error = Error::new(Exit::Step, format!("{} `{}` {how}", kind(step), step.name));
+    if let Some(line) = seen.last_line() {
+        error = error.with_note(format!("last output: {line}"));
+    }
+    let output = seen.last_lines().join("\n");
+    match remedy(recipe, ended, &output) {
+        Some(help) => error.help(help),
+        None => error,
+    }
+}
+
+/// What the end of a step's output gives away.
+fn remedy(recipe: &Recipe, ended: Ended, output: &str) -> Option<String> {
+    let says = |texts: &[&str]| texts.iter().any(|text| output.contains(text));
+    if ended.out_of_memory || says(&["Cannot allocate memory", "virtual memory exhausted", "MemoryError"]) {
+        let memory = recipe.machine.memory;
+        return Some(format!("the guest ran out of memory ({memory}): raise [machine] memory"));
+    }
+    if ended.free_kib < 4096 || says(&["No space left on device"]) {
+        return Some("the guest's disk is full: raise [disk] size".to_owned());
+    }
+    let no_network =
+        ["Temporary failure resolving", "Could not resolve", "Network is unreachable", "Unable to locate package"];
+    if recipe.machine.network == Network::None && says(&no_network) {
+        return Some("the guest had no network (network = \"none\"): set [machine] network = \"open\", or copy in what is needed".to_owned());
+    }
+    if says(&["Unable to locate package"]) {
+        return Some(
+            "check the package's name; on Debian and Ubuntu the step must run `apt-get update` first".to_owned(),
+        );
+    }
+    None
+}
+
+fn timed_out(step: &Step, limit: Duration, seen: &Seen) -> Error {
+    let limit = units::show_duration(limit);
+    let error = Error::new(Exit::TimedOut, format!("{} `{}` did not end within {limit}", kind(step), step.name))
+        .help("give the step a longer timeout = \"…\", or find out in its log what it waits for");
+    match seen.last_line() {
+        Some(line) => error.with_note(format!("last output: {line}")),
+        None => error.with_note("it printed nothing"),
+    }
+}
+
+/// A name as part of a file's name.
+fn slug(name: &str) -> String {
+    let mut slug = String::new();
+    for c in name.chars().flat_map(char::to_lowercase) {
+        if c.is_ascii_alphanumeric() {
+            slug.push(c);
+        } else if !slug.ends_with('-') && !slug.is_empty() {
+            slug.push('-');
+        }
+    }
+    slug.truncate(40);
+    slug.trim_end_matches('-').to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_become_file_names() {
+        assert_eq!(slug("Web server (nginx)!"), "web-server-nginx");
+        assert_eq!(slug("../../etc"), "etc");
+        assert_eq!(slug("Überblick"), "berblick");
+    }
+
+    #[test]
+    fn owners_default_to_root_and_groups_to_their_user() {
+        let owner = |text| split_owner(text);
+        assert_eq!(owner(None), Owner { user: "root".into(), group: "root".into() });
+        assert_eq!(owner(Some("web")), Owner { user: "web".into(), group: "web".into() });
+        assert_eq!(owner(Some("web:33")), Owner { user: "web".into(), group: "33".into() });
+    }
+
+    #[test]
+    fn the_end_of_a_step_gives_its_remedy_away() {
+        let recipe = crate::recipe::parse(Path::new("r.toml"), "name = \"r\"\n[base]\nimage = \"b\"\n", &[]).unwrap();
+        let ended = Ended { status: 1, free_kib: 1 << 20, out_of_memory: false };
+        let help = |ended, output| remedy(&recipe, ended, output);
+        assert!(help(Ended { out_of_memory: true, ..ended }, "").unwrap().contains("raise [machine] memory"));
+        assert!(help(Ended { free_kib: 0, ..ended }, "").unwrap().contains("raise [disk] size"));
+        assert!(help(ended, "tar: No space left on device").unwrap().contains("raise [disk] size"));
+        assert!(help(ended, "E: Unable to locate package ngnix").unwrap().contains("package's name"));
+        assert_eq!(help(ended, "syntax error"), None);
+    }
+}

@@ -1,0 +1,177 @@
+//! The command line: types only. What they mean is main's business.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Build bootable disk images offline and turn them into AMIs.
+#[derive(Debug, Parser)]
+#[command(name = "kiln", version, about, max_term_width = 100, disable_help_subcommand = true)]
+pub struct Cli {
+    /// Options for every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options for every command.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Options for every command")]
+pub struct Global {
+    /// How results and events are written: json is one document on stdout, and a line per event on stderr
+    #[arg(long, global = true, value_enum, default_value = "human")]
+    pub format: Format,
+    /// Say more
+    #[arg(short, long, global = true, conflicts_with = "quiet")]
+    pub verbose: bool,
+    /// Say only warnings and errors
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Where bases and state are kept [default: the user's cache]
+    #[arg(long, global = true, env = "KILN_CACHE_DIR", value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+}
+
+/// How things are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    Human,
+    /// For programs
+    Json,
+}
+
+/// Which accelerator to use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Accel {
+    /// KVM if it works, else software emulation
+    Auto,
+    /// KVM or nothing
+    Kvm,
+    /// Software emulation
+    Tcg,
+}
+
+/// Firmware to start a disk with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Firmware {
+    /// Every firmware that the disk can be started by
+    All,
+    /// `SeaBIOS`
+    Bios,
+    /// OVMF
+    Uefi,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Write a starter recipe that builds as it stands
+    Init {
+        /// Folder for it
+        #[arg(default_value = ".")]
+        dir: PathBuf,
+    },
+    /// Build a recipe into DIR/NAME
+    Build(Build),
+    /// Say what a build would do, and do nothing
+    Plan {
+        /// The recipe
+        recipe: PathBuf,
+        /// Set a key of the recipe, e.g. disk.size=8GiB
+        #[arg(long, value_name = "KEY=VALUE")]
+        set: Vec<String>,
+    },
+    /// Boot a built disk by its own firmware and run the recipe's tests in it
+    Test {
+        /// The output folder of a build
+        outdir: PathBuf,
+        /// Which firmware
+        #[arg(long, value_enum, default_value = "all")]
+        firmware: Firmware,
+        /// How long it may take to come up
+        #[arg(long, value_name = "TIME", default_value = "10m")]
+        timeout: String,
+        /// Which accelerator to use
+        #[arg(long, value_enum, default_value = "auto")]
+        accel: Accel,
+    },
+    /// Boot a built disk and talk to it on this terminal; the disk is not changed
+    Run(Run),
+    /// Upload a built disk, import it and register it as an AMI
+    Publish(Publish),
+    /// List the provisioners that come with kiln, with their inputs
+    Provisioners,
+    /// Say what this host offers for building, and what is missing
+    Doctor,
+    /// Write completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// `kiln build`.
+#[derive(Debug, Args)]
+pub struct Build {
+    /// The recipe
+    pub recipe: PathBuf,
+    /// Folder that the output folder is made in
+    #[arg(long, default_value = "out")]
+    pub out: PathBuf,
+    /// Set a key of the recipe, e.g. disk.size=8GiB
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Which accelerator to use
+    #[arg(long, value_enum, default_value = "auto")]
+    pub accel: Accel,
+    /// If a step fails, keep the guest's disk and say how to look at it
+    #[arg(long)]
+    pub keep_on_error: bool,
+}
+
+/// `kiln run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// The output folder of a build
+    pub outdir: PathBuf,
+    /// Which firmware [default: the first that the disk can be started by]
+    #[arg(long, value_enum)]
+    pub firmware: Option<Firmware>,
+    /// Public key that may log in by ssh
+    #[arg(long, value_name = "FILE")]
+    pub ssh_key: Option<PathBuf>,
+    /// Loopback port for ssh [default: a free one]
+    #[arg(long, value_name = "PORT", requires = "ssh_key")]
+    pub ssh_port: Option<u16>,
+    /// Which accelerator to use
+    #[arg(long, value_enum, default_value = "auto")]
+    pub accel: Accel,
+}
+
+/// `kiln publish`.
+#[derive(Debug, Args)]
+pub struct Publish {
+    /// The output folder of a build
+    pub outdir: PathBuf,
+    /// Region to publish in [default: the recipe's, then the SDK's]
+    #[arg(long)]
+    pub region: Option<String>,
+    /// Bucket for the import, in that region [default: the recipe's]
+    #[arg(long)]
+    pub bucket: Option<String>,
+    /// The image's name, with {name} {date} {time} {digest:N} {version} [default: the recipe's]
+    #[arg(long, value_name = "NAME")]
+    pub image_name: Option<String>,
+    /// How many parts are uploaded at once
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub parallel: u8,
+    /// How long all of it may take
+    #[arg(long, value_name = "TIME", default_value = "2h")]
+    pub timeout: String,
+    /// Only read, and say what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+}

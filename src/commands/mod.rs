@@ -1,0 +1,120 @@
+//! One function for each command: from the command line's types to the library's, and back to a result.
+
+mod doctor;
+mod init;
+mod plan;
+mod provisioners;
+mod publish;
+mod rehearse;
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::CommandFactory;
+use etcetera::BaseStrategy;
+use serde_json::json;
+
+use kiln::build;
+use kiln::cancel::Cancel;
+use kiln::cli::{Accel, Build, Cli, Command, Global};
+use kiln::error::{Error, Exit};
+use kiln::store::Store;
+use kiln::ui::Ui;
+use kiln::units::parse_duration;
+use kiln::vm::accelerator::Wanted;
+use kiln::vm::host::Host;
+
+/// Runs the command.
+pub(crate) fn run(cli: Cli, ui: Ui, cancel: &Cancel) -> Result<(), Error> {
+    let context = Context { global: cli.global, ui, cancel };
+    match cli.command {
+        Command::Init { dir } => init::run(&context, &dir),
+        Command::Build(arguments) => build(&context, arguments),
+        Command::Plan { recipe, set } => plan::run(&context, &recipe, &set),
+        Command::Test { outdir, firmware, timeout, accel } => {
+            rehearse::test(&context, &outdir, firmware, &timeout, accel)
+        }
+        Command::Run(arguments) => rehearse::run(&context, arguments),
+        Command::Publish(arguments) => publish::run(&context, arguments),
+        Command::Provisioners => {
+            provisioners::run(&context);
+            Ok(())
+        }
+        Command::Doctor => doctor::run(&context),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "kiln", &mut script);
+            std::io::stdout().write_all(&script).map_err(|error| Error::io("cannot write to stdout", &error))
+        }
+    }
+}
+
+/// What every command has.
+struct Context<'a> {
+    global: Global,
+    ui: Ui,
+    cancel: &'a Cancel,
+}
+
+impl Context<'_> {
+    fn store(&self) -> Result<Store, Error> {
+        Store::open(&self.cache_dir()?)
+    }
+
+    fn cache_dir(&self) -> Result<PathBuf, Error> {
+        if let Some(folder) = &self.global.cache_dir {
+            return Ok(folder.clone());
+        }
+        let places = etcetera::choose_base_strategy().map_err(|_| {
+            Error::new(Exit::Host, "no home folder to keep the cache in")
+                .help("set HOME, or name a folder with --cache-dir")
+        })?;
+        Ok(places.cache_dir().join("kiln"))
+    }
+
+    fn host(&self) -> Result<Host, Error> {
+        Host::find(path_of("KILN_QEMU"), path_of("KILN_QEMU_IMG"), self.cancel)
+    }
+}
+
+/// A path in an environment variable; an empty one counts as unset.
+fn path_of(variable: &str) -> Option<PathBuf> {
+    std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
+}
+
+fn wanted(accel: Accel) -> Wanted {
+    match accel {
+        Accel::Auto => Wanted::Auto,
+        Accel::Kvm => Wanted::Kvm,
+        Accel::Tcg => Wanted::Tcg,
+    }
+}
+
+fn duration(option: &str, text: &str) -> Result<Duration, Error> {
+    parse_duration(text).map_err(|error| Error::new(Exit::Usage, format!("{option}: {error}")))
+}
+
+fn build(context: &Context<'_>, arguments: Build) -> Result<(), Error> {
+    let source_date_epoch = match std::env::var("SOURCE_DATE_EPOCH") {
+        Ok(text) => Some(text.trim().parse().map_err(|_| {
+            let message = format!("SOURCE_DATE_EPOCH is `{text}`, which is not a number of seconds since 1970");
+            Error::new(Exit::Usage, message)
+        })?),
+        Err(_) => None,
+    };
+    let request = build::Request {
+        recipe: arguments.recipe,
+        set: arguments.set,
+        out: arguments.out,
+        accelerator: wanted(arguments.accel),
+        qemu: path_of("KILN_QEMU"),
+        qemu_img: path_of("KILN_QEMU_IMG"),
+        source_date_epoch,
+        keep_on_error: arguments.keep_on_error,
+    };
+    let artifact = build::build(&request, &context.store()?, &context.ui.events(), context.cancel)?;
+    let json = json!({ "folder": artifact.folder, "manifest": artifact.manifest });
+    context.ui.result(&artifact.folder.display().to_string(), &json);
+    Ok(())
+}

@@ -1,0 +1,60 @@
+//! `kiln provisioners`.
+
+use std::fmt::Write as _;
+
+use kiln::provisioners::{self, Input, Kind};
+use serde_json::{Value, json};
+
+use super::Context;
+
+/// Lists the provisioners with their inputs.
+pub(super) fn run(context: &Context<'_>) {
+    let mut text = String::new();
+    let mut values = Vec::new();
+    for provisioner in provisioners::all() {
+        let _ = writeln!(text, "{} - {}", provisioner.name, provisioner.description);
+        let mut inputs = serde_json::Map::new();
+        for (name, input) in &provisioner.inputs {
+            let _ = writeln!(text, "    {name} = {}\n        {}", brief(input), input.description);
+            inputs.insert(name.clone(), describe(input));
+        }
+        text.push('\n');
+        values.push(json!({ "name": provisioner.name, "description": provisioner.description, "inputs": inputs }));
+    }
+    context.ui.result(&text, &Value::Array(values));
+}
+
+fn kind(input: &Input) -> &'static str {
+    match input.kind {
+        Kind::String => "string",
+        Kind::Integer => "integer",
+        Kind::Boolean => "boolean",
+        Kind::List => "list of strings",
+    }
+}
+
+fn brief(input: &Input) -> String {
+    let mut text = kind(input).to_owned();
+    if !input.choices.is_empty() {
+        let _ = write!(text, ", one of {}", input.choices.join(", "));
+    }
+    if let (Some(minimum), Some(maximum)) = (input.minimum, input.maximum) {
+        let _ = write!(text, ", {minimum} to {maximum}");
+    }
+    match &input.default {
+        None => text.push_str(" (required)"),
+        Some(value) if value.to_string().is_empty() => text.push_str(" (default: empty)"),
+        Some(value) => {
+            let _ = write!(text, " (default: {})", value.to_string().replace('\n', ", "));
+        }
+    }
+    text
+}
+
+fn describe(input: &Input) -> Value {
+    json!({
+        "type": kind(input), "description": input.description, "choices": input.choices,
+        "minimum": input.minimum, "maximum": input.maximum,
+        "required": input.default.is_none(), "default": input.default.as_ref().map(ToString::to_string),
+    })
+}

@@ -1,0 +1,137 @@
+//! What the tests of this module share: tools of the system, small disks made with them.
+
+use super::{Image, Patch};
+use std::io::Write as _;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+
+/// That many cases of a property; what fails is printed, and no file is left in the source tree.
+pub(super) fn cases(cases: u32) -> proptest::test_runner::Config {
+    proptest::test_runner::Config { cases, failure_persistence: None, ..Default::default() }
+}
+
+/// An image in memory.
+pub(super) fn memory(bytes: Vec<u8>) -> Image {
+    Image::new(Arc::new(bytes), Path::new("memory")).unwrap()
+}
+
+/// Runs a tool that must be there and succeed; its standard output. System tools of the superuser are found too.
+pub(super) fn tool(program: &str, arguments: &[&str]) -> String {
+    let output = spawn(program, arguments, b"");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{program} {arguments:?}: {text}{}", String::from_utf8_lossy(&output.stderr));
+    text
+}
+
+/// As [`tool`], with standard input, and standard output as bytes.
+pub(super) fn tool_with_input(program: &str, arguments: &[&str], input: &[u8]) -> Vec<u8> {
+    let output = spawn(program, arguments, input);
+    assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
+    output.stdout
+}
+
+fn spawn(program: &str, arguments: &[&str], input: &[u8]) -> Output {
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    let mut child = Command::new(program)
+        .args(arguments)
+        .env("PATH", path)
+        .env("LC_ALL", "C")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap_or_else(|error| panic!("these tests need {program}: {error}"));
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(input).unwrap();
+    drop(stdin);
+    child.wait_with_output().unwrap()
+}
+
+/// A path as the tools take it.
+pub(super) fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Writes patches into a raw disk of `size` bytes.
+pub(super) fn apply(path: &Path, size: u64, patches: &[Patch]) {
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.set_len(size).unwrap();
+    for patch in patches {
+        file.write_all_at(&patch.bytes, patch.offset).unwrap();
+    }
+}
+
+/// A folder with a disk in the making.
+pub(super) struct Workshop {
+    pub(super) dir: tempfile::TempDir,
+}
+
+impl Workshop {
+    pub(super) fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// An empty raw disk, partitioned by sgdisk.
+    pub(super) fn gpt(&self, size: u64, sgdisk: &[&str]) -> PathBuf {
+        let disk = self.path("disk.raw");
+        std::fs::File::create(&disk).unwrap().set_len(size).unwrap();
+        let mut arguments = sgdisk.to_vec();
+        arguments.push(text(&disk));
+        tool("sgdisk", &arguments);
+        disk
+    }
+
+    /// A folder with nothing but these files, from `(path, content)`; a content that begins with `->` is a symbolic
+    /// link's target.
+    fn tree(&self, name: &str, files: &[(&str, &[u8])]) -> PathBuf {
+        let root = self.path(name);
+        let _ = std::fs::remove_dir_all(&root);
+        std::fs::create_dir(&root).unwrap();
+        for (path, content) in files {
+            let path = root.join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            match content.strip_prefix(b"->") {
+                Some(target) => std::os::unix::fs::symlink(std::str::from_utf8(target).unwrap(), path).unwrap(),
+                None => std::fs::write(path, content).unwrap(),
+            }
+        }
+        root
+    }
+
+    /// Puts an ext4 filesystem with these files at `start` of a disk, `len` bytes long.
+    pub(super) fn ext4(&self, disk: &Path, start: u64, len: u64, options: &[&str], files: &[(&str, &[u8])]) {
+        let tree = self.tree(&format!("tree-{start}"), files);
+        let offset = format!("offset={start}");
+        let blocks = format!("{}k", len / 1024);
+        let mut arguments = vec!["-q", "-F", "-t", "ext4", "-E", &offset, "-d", text(&tree)];
+        arguments.extend(options);
+        arguments.extend([text(disk), &blocks]);
+        tool("mke2fs", &arguments);
+    }
+}
+
+/// Overwrites bytes of a disk.
+pub(super) fn poke(disk: &Path, offset: u64, bytes: &[u8]) {
+    std::fs::OpenOptions::new().write(true).open(disk).unwrap().write_all_at(bytes, offset).unwrap();
+}
+
+/// Puts a FAT filesystem with these (empty) files at `start` of a disk, `len` bytes long.
+pub(super) fn fat(disk: &Path, start: u64, len: u64, files: &[&str]) {
+    let mut bytes = std::io::Cursor::new(vec![0; usize::try_from(len).unwrap()]);
+    fatfs::format_volume(&mut bytes, fatfs::FormatVolumeOptions::new()).unwrap();
+    let fs = fatfs::FileSystem::new(&mut bytes, fatfs::FsOptions::new()).unwrap();
+    for file in files {
+        for (end, _) in file.match_indices('/') {
+            fs.root_dir().create_dir(&file[..end]).unwrap();
+        }
+        fs.root_dir().create_file(file).unwrap();
+    }
+    drop(fs);
+    poke(disk, start, bytes.get_ref());
+}

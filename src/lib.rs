@@ -1,0 +1,78 @@
+//! kiln builds bootable disk images offline and turns them into AMIs.
+//!
+//! It boots a base cloud image under QEMU, runs the recipe's steps in it, seals it, exports a raw disk, rehearses it,
+//! uploads it to S3 and registers it through `ImportSnapshot` and `RegisterImage`. This text says how the code is laid
+//! out and what must stay true; `README.md` says how kiln is used.
+//!
+//! # A build, from above
+//! [`recipe::parse`] makes a [`recipe::Recipe`] of a file's text. [`build::build`] gathers facts of host and base, and
+//! [`plan::Plan::new`] decides with them what will be done. The build then makes a qcow2 overlay over the base in the
+//! [`store`], grown to the recipe's size by rewriting the partition table in it, and starts a guest on it. The agent in
+//! the guest runs the steps. The seal takes away what instances must not share, the guest freezes its filesystems, and
+//! [`disk::export`] writes the raw disk and its block map in one pass. The output folder appears under its name when it
+//! is whole.
+//!
+//! # The modules
+//! | module | holds |
+//! |---|---|
+//! | `main`, `commands`, [`cli`] | the program: signals, the command line's types, one function for each command |
+//! | [`recipe`], [`provisioners`] | TOML to typed recipe, with the place of every mistake; what ships with kiln |
+//! | [`plan`] | recipe and facts to a plan |
+//! | [`build`] | the story of a build; its guest scripts stand in `build/guest` |
+//! | [`store`] | imported bases and scratch folders in the user's cache |
+//! | [`vm`] | machine specs, QEMU and its monitor, the agent's protocol, the accelerator's probe, the network's filter |
+//! | [`disk`] | partition tables, filesystems, overlays, block maps: disks as bytes |
+//! | [`rehearse`] | booting a built disk as an instance would |
+//! | [`publish`] | S3 and EC2, with an undo for everything that is made |
+//! | [`event`], [`ui`] | what happened; how it is shown |
+//! | [`exec`], [`cancel`], [`error`], [`units`] | processes, stopping, failures, sizes and durations |
+//!
+//! # Invariants
+//! The tests in `tests/tidy.rs` hold the code to the first six.
+//!
+//! - `recipe` and `plan` touch no file, clock, environment or process. Facts are gathered by `build` and passed in.
+//! - `vm` and `disk` don't know each other; `build` and `rehearse` join them.
+//! - Only `publish` is async, and only it knows AWS.
+//! - Only `ui` and `commands` print. Everything else emits events. Results go to stdout, all else to stderr.
+//! - Only `exec` starts processes, without a shell. Every child is tethered: it dies when kiln dies, however that is.
+//! - Nothing below `main` and `commands` knows `cli` or `ui`.
+//! - Every wait for a guest also sees QEMU's death, a kernel's panic, a full host disk, a deadline and the user's
+//!   signal: they all arrive on one channel (`vm::process`).
+//! - What exists under its own name is whole: bases and output folders are written under another name and renamed.
+//! - A scratch or half-made folder holds a lock for as long as its kiln lives; the next kiln removes what nobody holds.
+//! - The guest is not trusted: it can't forge the end of a step, reach the host's loopback, fill kiln's memory, or
+//!   steer the user's terminal.
+//!
+//! # The guest
+//! The agent (`vm/agent.sh`) is a POSIX sh script on a read-only raw drive. With direct boot the disk's own kernel,
+//! read from its filesystem without a mount, starts it by `systemd.run=`. With firmware boot cloud-init starts it from a
+//! `NoCloud` drive on which all other modules are turned off. Both ways end in the same protocol.
+//!
+//! Inputs travel as tar streams over a virtio-serial port, not on drives: nothing is hot-plugged, nothing stays in the
+//! guest's page cache, a stream has no size limit but the guest's disk, and secrets are on no drive. Commands and
+//! answers have a port of their own, and output has one; a mark with the command's nonce ends a step's output, so that
+//! a daemon which keeps the port open holds nothing up.
+//!
+//! The guest does not shut down at the end of a build. Its services are stopped, then its filesystems are unmounted or
+//! frozen, which leaves them clean, and QEMU is told to quit.
+//!
+//! # The network
+//! `network = "open"` is QEMU's user networking, which would let the guest reach the host's loopback. So the frames
+//! that the guest sends pass through kiln (`filter-redirector`), which drops those: see [`vm::filter`].
+
+pub mod build;
+pub mod cancel;
+pub mod cli;
+pub mod disk;
+pub mod error;
+pub mod event;
+pub mod exec;
+pub mod plan;
+pub mod provisioners;
+pub mod publish;
+pub mod recipe;
+pub mod rehearse;
+pub mod store;
+pub mod ui;
+pub mod units;
+pub mod vm;

@@ -1,0 +1,201 @@
+//! The snapshot becomes an image, and the image becomes available.
+
+use std::time::Duration;
+
+use aws_sdk_ec2::types::{
+    ArchitectureValues, BlockDeviceMapping, BootModeValues, EbsBlockDevice, Filter, Image, ImageState,
+    ImdsSupportValues, ResourceType, TagSpecification, VolumeType,
+};
+use tokio::time::Instant;
+
+use super::failure::{Failure, duplicate_name, tidy};
+use super::retry::{Try, ec2_once};
+use super::undo::{Made, Undo};
+use super::{Architecture, BootMode, Job, import, rules};
+use crate::error::{Error, Exit};
+
+/// Images get ready in seconds: no need to wait as long as between two looks at an import.
+const LOOK: Duration = Duration::from_secs(5);
+
+pub(super) fn begins(job: &Job<'_>) -> String {
+    format!("image `{}` in {}", job.target.image_name, job.target.region)
+}
+
+pub(super) fn plan_in_words(job: &Job<'_>) -> String {
+    let request = job.request;
+    format!(
+        "register {}: {}, boot mode {}, hvm, ENA{}, root {} on gp3 of {} GiB, deleted with the instance; tags {}",
+        begins(job),
+        architecture(request.arch),
+        boot_mode(rules::boot_mode(request)),
+        if request.imds_v2 { ", IMDS v2.0" } else { "" },
+        request.root_device,
+        request.size,
+        rules::tag_pairs(request).iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(", "),
+    )
+}
+
+/// Registers the image and waits until it can be launched.
+pub(super) async fn register(job: &Job<'_>, snapshot: &str, undo: &mut Undo) -> Result<String, Error> {
+    let made = |id| Made::Image { id, snapshot: snapshot.to_owned() };
+    let until = Instant::now() + import::settling(job.request.poll);
+    let (entry, id) = loop {
+        let (entry, answer) =
+            job.make("the image's registration", undo, made(None), |attempt| send(job, snapshot, attempt)).await?;
+        match answer {
+            Ok(id) => break (entry, id),
+            Err(failure) if failure.is_not_found() && Instant::now() < until => {
+                job.stop.pause("the snapshot to be known everywhere", job.request.poll.min(LOOK)).await?;
+            }
+            Err(failure) if failure.code == "InvalidAMIName.Duplicate" => {
+                let taken = job.call("the images of this name", of_name(job)).await?;
+                if let Some(id) = own(&taken, snapshot) {
+                    break (entry, id);
+                }
+                return Err(duplicate_name(&job.target, taken.first().and_then(Image::image_id)));
+            }
+            Err(failure) => return Err(job.error(failure)),
+        }
+    };
+    undo.made(entry, made(Some(id.clone())));
+    until_available(job, &id).await?;
+    Ok(id)
+}
+
+/// This account's images of the name that is asked for.
+pub(super) async fn of_name(job: &Job<'_>) -> Result<Vec<Image>, Failure> {
+    let name = Filter::builder().name("name").values(&job.target.image_name).build();
+    let call = job.clients.ec2.describe_images().owners("self").filters(name).include_disabled(true);
+    let answer = call.send().await.map_err(job.clients.failed("ec2:DescribeImages"))?;
+    Ok(answer.images.unwrap_or_default())
+}
+
+/// The image among `images` that was made from `snapshot`.
+pub(super) fn own(images: &[Image], snapshot: &str) -> Option<String> {
+    let from_it = |image: &&Image| {
+        image
+            .block_device_mappings()
+            .iter()
+            .filter_map(BlockDeviceMapping::ebs)
+            .any(|volume| volume.snapshot_id() == Some(snapshot))
+    };
+    images.iter().find(from_it).and_then(Image::image_id).map(str::to_owned)
+}
+
+async fn send(job: &Job<'_>, snapshot: &str, attempt: Try) -> Result<String, Failure> {
+    // The name is the only key that RegisterImage has: an earlier request's image would be in this one's way.
+    if attempt.doubtful
+        && let Some(id) = own(&of_name(job).await?, snapshot)
+    {
+        return Ok(id);
+    }
+    let request = job.request;
+    let volume = EbsBlockDevice::builder()
+        .snapshot_id(snapshot)
+        .volume_type(VolumeType::Gp3)
+        .volume_size(i32::try_from(request.size).unwrap_or(i32::MAX))
+        .delete_on_termination(true)
+        .build();
+    let tags = TagSpecification::builder().resource_type(ResourceType::Image).set_tags(Some(import::tags(job))).build();
+    let call = job
+        .clients
+        .ec2
+        .register_image()
+        .name(&request.image_name)
+        .set_description(Some(request.description.clone()).filter(|words| !words.is_empty()))
+        .architecture(architecture(request.arch))
+        .virtualization_type("hvm")
+        .root_device_name(&request.root_device)
+        .block_device_mappings(BlockDeviceMapping::builder().device_name(&request.root_device).ebs(volume).build())
+        .boot_mode(boot_mode(rules::boot_mode(request)))
+        .ena_support(true)
+        .set_imds_support(request.imds_v2.then_some(ImdsSupportValues::V20))
+        .tag_specifications(tags)
+        .customize()
+        .config_override(ec2_once());
+    let answer = call.send().await.map_err(job.clients.failed("ec2:RegisterImage"))?;
+    answer.image_id.ok_or_else(|| Failure::found("ec2:RegisterImage", "the answer has no image id".to_owned()))
+}
+
+fn architecture(arch: Architecture) -> ArchitectureValues {
+    match arch {
+        Architecture::X86_64 => ArchitectureValues::X8664,
+        Architecture::Arm64 => ArchitectureValues::Arm64,
+    }
+}
+
+fn boot_mode(mode: BootMode) -> BootModeValues {
+    match mode {
+        BootMode::LegacyBios => BootModeValues::LegacyBios,
+        BootMode::Uefi => BootModeValues::Uefi,
+        BootMode::UefiPreferred => BootModeValues::UefiPreferred,
+    }
+}
+
+async fn until_available(job: &Job<'_>, id: &str) -> Result<(), Error> {
+    let what = format!("image {id} to be available");
+    loop {
+        let answer = import::retry_not_found(job, &what, || async {
+            let call = job.clients.ec2.describe_images().image_ids(id).include_disabled(true);
+            let answer = call.send().await.map_err(job.clients.failed("ec2:DescribeImages"))?;
+            answer.images.unwrap_or_default().into_iter().next().ok_or_else(|| Failure::absent("ec2:DescribeImages"))
+        });
+        match judge(&answer.await?) {
+            Ok(true) => return Ok(()),
+            Ok(false) => job.stop.pause(&what, job.request.poll.min(LOOK)).await?,
+            Err(why) => {
+                return Err(Error::new(Exit::Publish, format!("the image {id} is {why}"))
+                    .help("publish again; the disk is unchanged"));
+            }
+        }
+    }
+}
+
+/// Whether the image is available; what it is instead if it never will be.
+fn judge(image: &Image) -> Result<bool, String> {
+    match image.state() {
+        Some(ImageState::Available) => Ok(true),
+        None | Some(ImageState::Pending) => Ok(false),
+        Some(state) => {
+            let reason = image.state_reason();
+            let words = reason.and_then(|reason| reason.message().or(reason.code())).map(tidy).unwrap_or_default();
+            let words = if words.is_empty() { "AWS gives no reason".to_owned() } else { words };
+            Err(format!("`{state}`: {words}"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use aws_sdk_ec2::types::StateReason;
+
+    use super::*;
+
+    #[test]
+    fn only_available_ends_the_wait_and_everything_but_pending_fails_it() {
+        let judged = |state| judge(&Image::builder().state(state).build());
+        assert_eq!(judged(ImageState::Available), Ok(true));
+        assert_eq!(judged(ImageState::Pending), Ok(false));
+        assert_eq!(judge(&Image::builder().build()), Ok(false));
+        for state in ["failed", "invalid", "error", "deregistered", "disabled", "transient", "new"] {
+            assert_eq!(judged(ImageState::from(state)), Err(format!("`{state}`: AWS gives no reason")));
+        }
+        let reason = StateReason::builder().code("Client.X").message("Snapshot\nis gone.").build();
+        let failed = Image::builder().state(ImageState::Failed).state_reason(reason).build();
+        assert_eq!(judge(&failed), Err("`failed`: Snapshot is gone".to_owned()));
+    }
+
+    #[test]
+    fn an_image_is_ones_own_if_it_is_made_from_ones_snapshot() {
+        let image = |id: &str, snapshot: &str| {
+            let volume = EbsBlockDevice::builder().snapshot_id(snapshot).build();
+            Image::builder()
+                .image_id(id)
+                .block_device_mappings(BlockDeviceMapping::builder().ebs(volume).build())
+                .build()
+        };
+        let images = [image("ami-1", "snap-1"), image("ami-2", "snap-2")];
+        assert_eq!(own(&images, "snap-2").as_deref(), Some("ami-2"));
+        assert_eq!(own(&images, "snap-3"), None);
+    }
+}

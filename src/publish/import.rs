@@ -1,0 +1,292 @@
+//! The object becomes a snapshot: the import task, followed to its end.
+
+use std::time::Duration;
+
+use aws_sdk_ec2::types::{
+    ImportSnapshotTask, ResourceType, SnapshotDiskContainer, SnapshotTaskDetail, Tag, TagSpecification, UserBucket,
+};
+use sha2::{Digest as _, Sha256};
+use tokio::time::Instant;
+
+use super::failure::{Failure, no_role, tidy};
+use super::retry::ec2_once;
+use super::undo::{Made, Undo};
+use super::upload::Uploaded;
+use super::{Job, parts, rules};
+use crate::error::{Error, Exit};
+use crate::event::Event;
+
+/// The tag that tells this run's task from all others.
+pub(super) const RUN_TAG: &str = "kiln:run";
+/// How many looks at the task in a row may fail for passing reasons, each after the SDK's own retries.
+const BLIND: u32 = 10;
+
+/// What a task has come to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum State {
+    /// It is at work, or waits to be.
+    Working {
+        /// In percent.
+        progress: u64,
+        /// AWS's word for what it does.
+        message: String,
+    },
+    /// The snapshot is there.
+    Done {
+        /// Its id.
+        snapshot: String,
+    },
+    /// It failed or was cancelled.
+    Failed {
+        /// AWS's reason.
+        message: String,
+    },
+}
+
+pub(super) fn begins(job: &Job<'_>) -> String {
+    format!(
+        "s3://{}/{} into a snapshot in {}; AWS takes 7 to 18 minutes",
+        job.target.bucket, job.target.key, job.target.region
+    )
+}
+
+pub(super) fn plan_in_words(job: &Job<'_>) -> String {
+    let target = &job.target;
+    format!(
+        "import s3://{}/{} into a snapshot in {} by the role {}",
+        target.bucket, target.key, target.region, target.role
+    )
+}
+
+/// Imports the object and waits for its snapshot.
+pub(super) async fn import(job: &Job<'_>, upload: &Uploaded, undo: &mut Undo) -> Result<String, Error> {
+    let run = run_id(job, upload);
+    let made = |id| Made::Task { id, run: run.clone() };
+    let (entry, answer) = job.make("the start of the import", undo, made(None), |_| start(job, &run)).await?;
+    let task = answer.map_err(|failure| job.error(failure))?;
+    undo.made(entry, made(Some(task.clone())));
+    job.events.detail(format!("import task {task}"));
+    match follow(job, &task).await? {
+        Ok(snapshot) => {
+            undo.made(entry, Made::Snapshot { id: snapshot.clone() });
+            Ok(snapshot)
+        }
+        Err(message) => {
+            undo.forget(entry);
+            Err(import_failed(job, &task, &message))
+        }
+    }
+}
+
+/// Tags the snapshot; the import could tag only its task.
+pub(super) async fn tag_snapshot(job: &Job<'_>, snapshot: &str) -> Result<(), Error> {
+    let tags = tags(job);
+    retry_not_found(job, "the snapshot's tags", || async {
+        let call = job.clients.ec2.create_tags().resources(snapshot).set_tags(Some(tags.clone()));
+        call.send().await.map(|_| ()).map_err(job.clients.failed("ec2:CreateTags"))
+    })
+    .await
+}
+
+/// What image and snapshot are tagged with.
+pub(super) fn tags(job: &Job<'_>) -> Vec<Tag> {
+    rules::tag_pairs(job.request).into_iter().map(|(key, value)| Tag::builder().key(key).value(value).build()).collect()
+}
+
+/// Repeats a call about something that was only just made, as long as AWS may not know it everywhere yet.
+pub(super) async fn retry_not_found<T, F>(job: &Job<'_>, what: &str, mut call: impl FnMut() -> F) -> Result<T, Error>
+where
+    F: Future<Output = Result<T, Failure>>,
+{
+    let until = Instant::now() + settling(job.request.poll);
+    loop {
+        match job.stop.or(what, call()).await? {
+            Ok(value) => return Ok(value),
+            Err(failure) if failure.is_not_found() && Instant::now() < until => {
+                job.stop.pause(what, job.request.poll.min(Duration::from_secs(3))).await?;
+            }
+            Err(failure) => return Err(job.error(failure)),
+        }
+    }
+}
+
+/// How long something new may stay unknown.
+pub(super) fn settling(poll: Duration) -> Duration {
+    (poll * 20).clamp(Duration::from_secs(5), Duration::from_mins(1))
+}
+
+/// Names what this upload is imported as. The same for every try of one upload, so that AWS starts one task however
+/// often it is asked; another for the next upload, because AWS would answer that with the old task, even a failed one.
+fn run_id(job: &Job<'_>, upload: &Uploaded) -> String {
+    let request = job.request;
+    let text = [&request.digest, &request.name, &job.target.bucket, &job.target.key, &upload.id].map(String::as_str);
+    let mut name = parts::hex(&Sha256::digest(text.join("\0")).into());
+    name.truncate(32);
+    name
+}
+
+async fn start(job: &Job<'_>, run: &str) -> Result<String, Failure> {
+    let target = &job.target;
+    let words = format!("{} {}", job.request.image_name, job.request.digest);
+    let place = UserBucket::builder().s3_bucket(&target.bucket).s3_key(&target.key).build();
+    let mut tags = tags(job);
+    tags.push(Tag::builder().key(RUN_TAG).value(run).build());
+    let call = job
+        .clients
+        .ec2
+        .import_snapshot()
+        .client_token(format!("kiln-{run}"))
+        .role_name(&target.role)
+        .description(&words)
+        .disk_container(SnapshotDiskContainer::builder().format("RAW").description(&words).user_bucket(place).build())
+        .tag_specifications(
+            TagSpecification::builder().resource_type(ResourceType::ImportSnapshotTask).set_tags(Some(tags)).build(),
+        )
+        .customize()
+        .config_override(ec2_once());
+    let answer = call.send().await.map_err(job.clients.failed("ec2:ImportSnapshot"))?;
+    answer.import_task_id.ok_or_else(|| Failure::found("ec2:ImportSnapshot", "the answer has no task id".to_owned()))
+}
+
+/// Follows the task to the snapshot's id, or to AWS's reason why there is none.
+async fn follow(job: &Job<'_>, task: &str) -> Result<Result<String, String>, Error> {
+    let what = format!("import task {task}");
+    let unknown_until = Instant::now() + settling(job.request.poll);
+    let (mut blind, mut shown) = (0, None);
+    loop {
+        match job.stop.or(&what, look(job, task)).await? {
+            Ok(Some(State::Done { snapshot })) => return Ok(Ok(snapshot)),
+            Ok(Some(State::Failed { message })) => return Ok(Err(message)),
+            Ok(Some(state @ State::Working { .. })) => {
+                blind = 0;
+                show(job, &what, state, &mut shown);
+            }
+            Ok(None) if Instant::now() < unknown_until => {}
+            Ok(None) => {
+                return Err(Error::new(Exit::Publish, format!("AWS doesn't know the {what} that it started"))
+                    .help("publish again; the disk is unchanged"));
+            }
+            Err(failure) if failure.is_passing() && blind < BLIND => {
+                blind += 1;
+                job.events.detail(format!("cannot see the {what}: {}", failure.reason()));
+            }
+            Err(failure) => return Err(job.error(failure)),
+        }
+        job.stop.pause(&what, job.request.poll).await?;
+    }
+}
+
+fn show(job: &Job<'_>, what: &str, state: State, shown: &mut Option<State>) {
+    if shown.as_ref() == Some(&state) {
+        return;
+    }
+    if let State::Working { progress, message } = &state {
+        job.events.emit(Event::Progress { phase: "import", done: *progress, total: 100 });
+        let known = matches!(shown, Some(State::Working { message: before, .. }) if before == message);
+        if !known && !message.is_empty() {
+            job.events.detail(format!("{what}: {message}"));
+        }
+    }
+    *shown = Some(state);
+}
+
+/// What the task has come to; `None` if AWS doesn't know it.
+pub(super) async fn look(job: &Job<'_>, task: &str) -> Result<Option<State>, Failure> {
+    let call = job.clients.ec2.describe_import_snapshot_tasks().import_task_ids(task);
+    match call.send().await.map_err(job.clients.failed("ec2:DescribeImportSnapshotTasks")) {
+        Ok(answer) => Ok(answer.import_snapshot_tasks().first().map(judge_task)),
+        Err(failure) if failure.is_not_found() => Ok(None),
+        Err(failure) => Err(failure),
+    }
+}
+
+fn judge_task(task: &ImportSnapshotTask) -> State {
+    task.snapshot_task_detail().map_or_else(|| State::Working { progress: 0, message: String::new() }, judge)
+}
+
+fn judge(detail: &SnapshotTaskDetail) -> State {
+    let message = tidy(detail.status_message().unwrap_or_default());
+    let progress = detail.progress().and_then(|percent| percent.trim_end_matches('%').trim().parse().ok()).unwrap_or(0);
+    match (
+        detail.status().unwrap_or_default().to_ascii_lowercase().as_str(),
+        detail.snapshot_id().filter(|id| !id.is_empty()),
+    ) {
+        ("completed", Some(snapshot)) => State::Done { snapshot: snapshot.to_owned() },
+        (ended @ ("cancelling" | "cancelled" | "deleting" | "deleted" | "error" | "failed"), _) => State::Failed {
+            message: if message.is_empty() {
+                format!("the task is `{ended}`, and AWS gives no reason")
+            } else {
+                message
+            },
+        },
+        _ => State::Working { progress: progress.min(100), message },
+    }
+}
+
+fn import_failed(job: &Job<'_>, task: &str, message: &str) -> Error {
+    if message.contains("service role") || message.contains("vmimport") {
+        return no_role(&job.target).with_note(format!("AWS said: {message}"));
+    }
+    let error = Error::new(Exit::Publish, format!("AWS could not import the disk: {message}"))
+        .with_note(format!("import task {task}"));
+    let lower = message.to_ascii_lowercase();
+    if lower.contains("access") || lower.contains("permission") || lower.contains("kms") {
+        let Job { target, .. } = job;
+        return error.help(format!(
+            "the role `{}` must be allowed s3:GetObject and s3:GetBucketLocation on the bucket `{}`, and to use its KMS key if it has one",
+            target.role, target.bucket
+        ));
+    }
+    if lower.contains("disk validation failed") || lower.contains("unsupported") {
+        return error.help("AWS doesn't take this disk; `kiln check` on the output folder tells what it finds");
+    }
+    error.help("publish again; if it fails the same way, see https://docs.aws.amazon.com/vm-import/latest/userguide/troubleshooting.html")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn detail(status: &str) -> aws_sdk_ec2::types::builders::SnapshotTaskDetailBuilder {
+        SnapshotTaskDetail::builder().status(status)
+    }
+
+    #[test]
+    fn a_task_at_work_tells_progress_and_message() {
+        let working = |progress, message: &str| State::Working { progress, message: message.to_owned() };
+        assert_eq!(judge(&detail("pending").build()), working(0, ""));
+        assert_eq!(
+            judge(&detail("active").progress("42").status_message("converting").build()),
+            working(42, "converting")
+        );
+        assert_eq!(judge(&detail("active").progress("19%").build()), working(19, ""));
+        assert_eq!(judge(&detail("active").progress("?").build()), working(0, ""));
+        assert_eq!(judge(&SnapshotTaskDetail::builder().build()), working(0, ""));
+        assert_eq!(judge_task(&ImportSnapshotTask::builder().build()), working(0, ""));
+    }
+
+    #[test]
+    fn a_task_is_done_only_with_a_snapshot() {
+        let done = judge(&detail("completed").snapshot_id("snap-1").build());
+        assert_eq!(done, State::Done { snapshot: "snap-1".to_owned() });
+        assert!(matches!(judge(&detail("completed").build()), State::Working { .. }));
+        assert!(matches!(judge(&detail("completed").snapshot_id("").build()), State::Working { .. }));
+        assert!(matches!(judge(&detail("active").snapshot_id("snap-1").build()), State::Working { .. }));
+    }
+
+    #[test]
+    fn every_state_on_the_way_to_deletion_is_a_failure_with_its_reason() {
+        for status in ["cancelling", "cancelled", "deleting", "deleted"] {
+            let failed = judge(&detail(status).status_message("ClientError: Disk validation failed.").build());
+            assert_eq!(failed, State::Failed { message: "ClientError: Disk validation failed".to_owned() });
+        }
+        let silent = judge(&detail("deleted").build());
+        assert_eq!(silent, State::Failed { message: "the task is `deleted`, and AWS gives no reason".to_owned() });
+    }
+
+    #[test]
+    fn new_things_may_stay_unknown_for_seconds_not_minutes() {
+        assert_eq!(settling(Duration::from_secs(15)), Duration::from_mins(1));
+        assert_eq!(settling(Duration::from_millis(50)), Duration::from_secs(5));
+    }
+}

@@ -1,0 +1,238 @@
+//! A disk becomes an image: S3, then `ImportSnapshot`, then `RegisterImage`. The only async code of kiln.
+//!
+//! [`publish`] reads top to bottom: what is asked for is checked without a request (`rules`), then by requests that
+//! only read (`preflight`), and only then is anything made. What is made is written into `undo::Undo` *before* the
+//! request is sent, so that a failure, a signal or a lost answer at any point finds it again and takes it back.
+
+mod client;
+mod failure;
+mod image;
+mod import;
+mod parts;
+mod preflight;
+mod retry;
+mod rules;
+mod stop;
+mod undo;
+mod upload;
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::cancel::Cancel;
+use crate::error::Error;
+use crate::event::{Event, Events};
+use client::Clients;
+use failure::Failure;
+use stop::Stop;
+use undo::Undo;
+
+/// The role that AWS assumes to read the disk from the bucket, unless another is named.
+pub const DEFAULT_ROLE: &str = "vmimport";
+
+/// What the image's instances run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum Architecture {
+    /// Intel and AMD, 64 bit.
+    #[serde(rename = "x86_64")]
+    X86_64,
+    /// Graviton.
+    #[serde(rename = "arm64")]
+    Arm64,
+}
+
+/// How the image's instances start.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BootMode {
+    /// By a boot sector.
+    LegacyBios,
+    /// By UEFI only.
+    Uefi,
+    /// By UEFI where the instance type has it, else by a boot sector.
+    UefiPreferred,
+}
+
+/// What to publish, and where to.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The raw disk. It is only read.
+    pub disk: PathBuf,
+    /// Its size in GiB.
+    pub size: u64,
+    /// Its digest in hex, as the manifest has it.
+    pub digest: String,
+    /// The recipe's name.
+    pub name: String,
+    /// The image's name, placeholders filled in.
+    pub image_name: String,
+    /// Words about the image; may be empty.
+    pub description: String,
+    /// What its instances run on.
+    pub arch: Architecture,
+    /// The region; without one, the SDK's usual places are asked.
+    pub region: Option<String>,
+    /// The bucket that the disk goes through; it must be in that region.
+    pub bucket: Option<String>,
+    /// What the object's key starts with; may be empty.
+    pub prefix: String,
+    /// How its instances start.
+    pub boot_mode: BootMode,
+    /// Whether its instances' metadata service asks for a token.
+    pub imds_v2: bool,
+    /// Its root device, e.g. `/dev/xvda`.
+    pub root_device: String,
+    /// Tags for image and snapshot.
+    pub tags: BTreeMap<String, String>,
+    /// The role that AWS reads the bucket with; [`DEFAULT_ROLE`] without one.
+    pub role: Option<String>,
+    /// How many parts are sent at once.
+    pub parallel: usize,
+    /// The pause between two looks at the import task.
+    pub poll: Duration,
+    /// Only read, and say what would be done.
+    pub dry_run: bool,
+    /// How long all of it may take.
+    pub timeout: Duration,
+}
+
+/// An image that can be launched.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Published {
+    /// The region it is in.
+    pub region: String,
+    /// Its id; empty after a dry run.
+    pub image_id: String,
+    /// Its snapshot's id; empty after a dry run.
+    pub snapshot_id: String,
+    /// Its name.
+    pub image_name: String,
+    /// The recipe's name.
+    pub name: String,
+    /// The digest of the disk it was made from.
+    pub digest: String,
+    /// What its instances run on.
+    pub architecture: Architecture,
+    /// How its instances start.
+    pub boot_mode: BootMode,
+    /// The size of its root volume in GiB.
+    pub size_gib: u64,
+    /// Nothing was made: the request only asked what would be.
+    pub dry_run: bool,
+}
+
+/// Where it goes, once region, bucket and names are settled.
+#[derive(Debug, Clone)]
+struct Target {
+    region: String,
+    bucket: String,
+    key: String,
+    role: String,
+    image_name: String,
+}
+
+/// What every part of the work needs.
+struct Job<'a> {
+    request: &'a Request,
+    target: Target,
+    clients: Clients,
+    events: &'a Events,
+    stop: Stop,
+}
+
+/// Makes an image of the disk and waits until it can be launched.
+///
+/// # Errors
+/// The first thing that went wrong, after everything made so far was taken back; what could not be taken back is named
+/// in its notes.
+pub fn publish(request: &Request, events: &Events, cancel: &Cancel) -> Result<Published, Error> {
+    rules::check(request)?;
+    cancel.check()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(request.parallel.clamp(4, 64))
+        .thread_name("publish")
+        .enable_all()
+        .build()
+        .map_err(|error| Error::io("cannot start the network threads", &error))?;
+    let published = runtime.block_on(publish_or_undo(request, events, cancel));
+    // A name lookup or a credential helper that hangs must not hold kiln up.
+    runtime.shutdown_background();
+    published
+}
+
+async fn publish_or_undo(request: &Request, events: &Events, cancel: &Cancel) -> Result<Published, Error> {
+    let stop = Stop::new(cancel, request.timeout);
+    let clients = stop.or("the AWS configuration", Box::pin(Clients::load(request.region.as_deref()))).await??;
+    let target = rules::target(request, clients.region())?;
+    let job = Job { request, target, clients, events, stop };
+    job.phase("check", preflight::begins(&job), |()| String::new(), Box::pin(preflight::check(&job))).await?;
+    if request.dry_run {
+        preflight::explain(&job)?;
+        return Ok(job.published(String::new(), String::new()));
+    }
+    let mut undo = Undo::default();
+    match steps(&job, &mut undo).await {
+        Ok(published) => Ok(published),
+        Err(error) => Err(undo.run(&job, error).await),
+    }
+}
+
+async fn steps(job: &Job<'_>, undo: &mut Undo) -> Result<Published, Error> {
+    let work = Box::pin(upload::upload(job, undo));
+    let upload = job.phase("upload", upload::begins(job), upload::Uploaded::in_words, work).await?;
+    let work = Box::pin(import::import(job, &upload, undo));
+    let snapshot = job.phase("import", import::begins(job), String::clone, work).await?;
+    upload::delete(job, undo).await;
+    import::tag_snapshot(job, &snapshot).await?;
+    let work = Box::pin(image::register(job, &snapshot, undo));
+    let image = job.phase("register", image::begins(job), String::clone, work).await?;
+    Ok(job.published(image, snapshot))
+}
+
+impl Job<'_> {
+    fn published(&self, image_id: String, snapshot_id: String) -> Published {
+        let request = self.request;
+        Published {
+            region: self.target.region.clone(),
+            image_id,
+            snapshot_id,
+            image_name: request.image_name.clone(),
+            name: request.name.clone(),
+            digest: request.digest.clone(),
+            architecture: request.arch,
+            boot_mode: rules::boot_mode(request),
+            size_gib: request.size,
+            dry_run: request.dry_run,
+        }
+    }
+
+    /// Waits for a request's answer, unless the work is stopped first.
+    async fn call<T>(&self, what: &str, call: impl Future<Output = Result<T, Failure>>) -> Result<T, Error> {
+        self.stop.or(what, call).await?.map_err(|failure| self.error(failure))
+    }
+
+    fn error(&self, failure: Failure) -> Error {
+        failure.into_error(&self.target)
+    }
+
+    /// Runs `work` as a phase: says that it began, and on success that it ended, with what `outcome` says of it.
+    async fn phase<T>(
+        &self,
+        phase: &'static str,
+        detail: String,
+        outcome: impl FnOnce(&T) -> String,
+        work: impl Future<Output = Result<T, Error>>,
+    ) -> Result<T, Error> {
+        self.stop.check(phase)?;
+        let started = Instant::now();
+        self.events.emit(Event::PhaseStarted { phase, detail });
+        let value = work.await?;
+        self.events.emit(Event::PhaseDone { phase, detail: outcome(&value), took: started.elapsed() });
+        Ok(value)
+    }
+}

@@ -1,0 +1,91 @@
+//! What can be found out by requests that only read, before the upload.
+
+use std::path::Path;
+
+use super::failure::{self, Failure, Kind};
+use super::{Job, image, import, upload};
+use crate::error::{Error, Exit};
+use crate::event::Event;
+use crate::units::GIB;
+
+pub(super) fn begins(job: &Job<'_>) -> String {
+    let target = &job.target;
+    format!("credentials, the name `{}` and the bucket `{}` in {}", target.image_name, target.bucket, target.region)
+}
+
+/// The disk is as announced, the credentials work, the image's name is free, and the bucket is in the region.
+pub(super) async fn check(job: &Job<'_>) -> Result<(), Error> {
+    disk(&job.request.disk, job.request.size)?;
+    name_is_free(job).await?;
+    bucket_is_near(job).await
+}
+
+/// Says what would be done.
+pub(super) fn explain(job: &Job<'_>) -> Result<(), Error> {
+    let would = |what: String| job.events.emit(Event::Note { message: format!("would {what}") });
+    would(upload::plan_in_words(job)?);
+    would(import::plan_in_words(job));
+    would(format!("delete s3://{}/{}", job.target.bucket, job.target.key));
+    would(image::plan_in_words(job));
+    Ok(())
+}
+
+fn disk(path: &Path, size: u64) -> Result<(), Error> {
+    let about = |error| Error::io(format!("cannot read the disk {}", path.display()), &error);
+    let bytes = std::fs::File::open(path).and_then(|file| file.metadata()).map_err(about)?.len();
+    if bytes == size * GIB {
+        return Ok(());
+    }
+    Err(Error::new(
+        Exit::Input,
+        format!("the disk {} has {bytes} bytes, and {size} GiB were announced", path.display()),
+    )
+    .help("it is cut short or changed; build it again"))
+}
+
+async fn name_is_free(job: &Job<'_>) -> Result<(), Error> {
+    match job.call("the images of this name", image::of_name(job)).await?.first() {
+        Some(image) => Err(failure::duplicate_name(&job.target, image.image_id())),
+        None => Ok(()),
+    }
+}
+
+async fn bucket_is_near(job: &Job<'_>) -> Result<(), Error> {
+    let head = async {
+        let clients = &job.clients;
+        let head = clients.s3.head_bucket().bucket(&job.target.bucket).send().await;
+        Ok(head.map_err(clients.failed("s3:HeadBucket")))
+    };
+    let actual = match job.call("the bucket", head).await? {
+        Ok(bucket) => bucket.bucket_region().map(str::to_owned),
+        Err(Failure { bucket_region: Some(region), kind: Kind::Refused, status, .. })
+            if status != 404 && region != job.target.region =>
+        {
+            Some(region)
+        }
+        Err(failure) => return Err(job.error(failure)),
+    };
+    let actual = match actual {
+        Some(region) => Some(region),
+        None => location(job).await?,
+    };
+    match actual {
+        Some(actual) if actual != job.target.region => Err(failure::bucket_elsewhere(&job.target, Some(&actual))),
+        _ => Ok(()),
+    }
+}
+
+/// The older way to ask, for endpoints that don't tell in `HeadBucket`. It needs a permission of its own, so that a
+/// refusal says nothing.
+async fn location(job: &Job<'_>) -> Result<Option<String>, Error> {
+    let call = async {
+        let answer = job.clients.s3.get_bucket_location().bucket(&job.target.bucket).send().await;
+        Ok(answer.ok())
+    };
+    let answer = job.call("the bucket's location", call).await?;
+    Ok(answer.map(|answer| match answer.location_constraint().map_or("", |region| region.as_str()) {
+        "" | "null" => "us-east-1".to_owned(),
+        "EU" => "eu-west-1".to_owned(),
+        region => region.to_owned(),
+    }))
+}

@@ -1,0 +1,89 @@
+//! Asking again. The SDK does that for requests that may be sent twice; those that make something are sent here, one
+//! by one, because what an unanswered one has made must be known.
+
+use std::hash::{BuildHasher, Hasher};
+use std::time::Duration;
+
+use aws_config::retry::RetryConfig;
+
+use super::Job;
+use super::failure::Failure;
+use super::undo::{Made, Undo};
+use crate::error::Error;
+
+/// Which try of a request this is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Try {
+    /// From 1.
+    pub(super) number: u32,
+    /// An earlier one may have been carried out.
+    pub(super) doubtful: bool,
+}
+
+impl Job<'_> {
+    /// Sends a request that makes `made`, again while it fails for reasons that pass. The note of what may have been
+    /// made is in `undo` from before the first try, and stays there unless it is certain that nothing was; with it,
+    /// a final refusal comes back for the caller to judge.
+    pub(super) async fn make<T, F>(
+        &self,
+        what: &str,
+        undo: &mut Undo,
+        made: Made,
+        mut send: impl FnMut(Try) -> F,
+    ) -> Result<(usize, Result<T, Failure>), Error>
+    where
+        F: Future<Output = Result<T, Failure>>,
+    {
+        self.stop.check(what)?;
+        let entry = undo.will_make(made);
+        let mut attempt = Try { number: 1, doubtful: false };
+        loop {
+            let failure = match self.stop.creating(what, send(attempt)).await? {
+                Ok(value) => return Ok((entry, Ok(value))),
+                Err(failure) => failure,
+            };
+            attempt.doubtful |= failure.may_be_done();
+            if !failure.is_passing() || attempt.number >= self.clients.attempts() {
+                if !attempt.doubtful {
+                    undo.forget(entry);
+                }
+                return Ok((entry, Err(failure)));
+            }
+            self.events.detail(format!("asking again for {what}: {}", failure.reason()));
+            self.stop.pause(what, backoff(attempt.number)).await?;
+            attempt.number += 1;
+        }
+    }
+}
+
+/// An override for requests that the SDK must not repeat by itself.
+pub(super) fn s3_once() -> aws_sdk_s3::config::Builder {
+    aws_sdk_s3::config::Builder::new().retry_config(RetryConfig::disabled())
+}
+
+/// The same for EC2.
+pub(super) fn ec2_once() -> aws_sdk_ec2::config::Builder {
+    aws_sdk_ec2::config::Builder::new().retry_config(RetryConfig::disabled())
+}
+
+/// A random pause below a bound that doubles from 1 s to 20 s, so that those who failed together don't come back
+/// together.
+pub(super) fn backoff(attempt: u32) -> Duration {
+    let bound = Duration::from_secs(1 << attempt.saturating_sub(1).min(8)).min(Duration::from_secs(20));
+    let random = std::collections::hash_map::RandomState::new().build_hasher().finish() % 1000;
+    bound / 4 + bound * u32::try_from(random).unwrap_or(0) * 3 / 4000
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_and_stay_bounded() {
+        for attempt in 1..40 {
+            let bound = Duration::from_secs(1 << (attempt - 1).min(5)).min(Duration::from_secs(20));
+            let pause = backoff(attempt);
+            assert!(pause >= bound / 4 && pause <= bound, "{attempt}: {pause:?}");
+        }
+    }
+}

@@ -1,0 +1,383 @@
+//! Taking back what was made.
+//!
+//! A thing is noted before it is asked for. When it is certain that it was not made, the note goes; when its id is
+//! known, the note gets it; and when no answer ever came, the thing is looked for before it is deleted.
+
+use std::time::Duration;
+
+use tokio::time::{sleep, timeout};
+
+use super::failure::{Failure, Kind};
+use super::import::{RUN_TAG, State, look};
+use super::{Job, image, upload};
+use crate::error::Error;
+use crate::event::Event;
+
+/// How long the undoing of one thing may take.
+const EACH: Duration = Duration::from_secs(30);
+/// The pause before another try.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How often something is looked for whose making was never confirmed.
+const LOOKS: u32 = 8;
+/// How often a thing with a known id must be unknown to AWS before it is believed to be gone.
+const GONE: u32 = 3;
+
+/// Something that was made, or that may have been. Without an id, the request's answer is not known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Made {
+    /// A multipart upload of the target's key; while it is `completing`, there may be the object instead.
+    /// One that is in `others` was there before.
+    Upload { id: Option<String>, others: Vec<String>, completing: bool },
+    /// The target's object.
+    Object { version: Option<String> },
+    /// An import task, tagged with `run`.
+    Task { id: Option<String>, run: String },
+    /// A snapshot.
+    Snapshot { id: String },
+    /// The target's image, made from `snapshot`.
+    Image { id: Option<String>, snapshot: String },
+}
+
+/// Everything made so far, in order.
+#[derive(Debug, Default)]
+pub(super) struct Undo {
+    made: Vec<Option<Made>>,
+}
+
+impl Undo {
+    /// Notes that something is about to be asked for.
+    pub(super) fn will_make(&mut self, made: Made) -> usize {
+        self.made.push(Some(made));
+        self.made.len() - 1
+    }
+
+    /// Notes what came of it.
+    pub(super) fn made(&mut self, entry: usize, made: Made) {
+        self.made[entry] = Some(made);
+    }
+
+    /// Forgets it: it is gone, or was not made.
+    pub(super) fn forget(&mut self, entry: usize) {
+        self.made[entry] = None;
+    }
+
+    /// Deletes the object; what is left is returned in words, and stays noted.
+    pub(super) async fn object(&mut self, job: &Job<'_>) -> Result<(), String> {
+        for entry in &mut self.made {
+            if let Some(made @ Made::Object { .. }) = entry {
+                take_back(job, made).await?;
+                *entry = None;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes everything back, last made first. Returns `error` with what is left in its notes.
+    pub(super) async fn run(self, job: &Job<'_>, mut error: Error) -> Error {
+        let made: Vec<Made> = self.made.into_iter().rev().flatten().collect();
+        if made.is_empty() {
+            return error;
+        }
+        let started = std::time::Instant::now();
+        job.events.emit(Event::PhaseStarted { phase: "undo", detail: "taking back what was made".to_owned() });
+        let before = error.notes.len();
+        for made in &made {
+            if let Err(left) = take_back(job, made).await {
+                error.notes.push(format!("left behind: {left}"));
+            }
+        }
+        let detail = match error.notes.len() - before {
+            0 => "nothing is left".to_owned(),
+            left => format!("{left} left behind"),
+        };
+        job.events.emit(Event::PhaseDone { phase: "undo", detail, took: started.elapsed() });
+        error
+    }
+}
+
+/// Deletes one thing, which may turn out to be another, or nothing. An error says what is left, why, and how to delete it by hand.
+async fn take_back(job: &Job<'_>, made: &Made) -> Result<(), String> {
+    let ended = timeout(EACH, async {
+        match made {
+            Made::Image { id, snapshot } => undo_image(job, id.as_deref(), snapshot).await,
+            Made::Snapshot { id } => delete_snapshot(job, id).await,
+            Made::Task { id, run } => undo_task(job, id.as_deref(), run).await,
+            Made::Object { version } => delete_object(job, version.as_deref()).await,
+            Made::Upload { id, others, completing } => undo_upload(job, id.as_deref(), others, *completing).await,
+        }
+    });
+    match ended.await {
+        Ok(Ok(deleted)) => {
+            if let Some(deleted) = deleted {
+                job.events.detail(format!("deleted {}", in_words(job, &deleted)));
+            }
+            Ok(())
+        }
+        Ok(Err(left)) => Err(left.describe(job, made)),
+        Err(_) => Err(Left::because("AWS did not do it in time").describe(job, made)),
+    }
+}
+
+/// Something that could not be deleted.
+struct Left {
+    /// What it turned out to be, when that differs from what was noted.
+    found: Option<Made>,
+    why: String,
+}
+
+impl Left {
+    fn because(why: impl Into<String>) -> Self {
+        Self { found: None, why: why.into() }
+    }
+
+    /// `made`, if `deleted` says that it is gone.
+    fn unless(deleted: Result<(), Failure>, made: Made) -> Result<Option<Made>, Self> {
+        match deleted {
+            Ok(()) => Ok(Some(made)),
+            Err(failure) => Err(Self { found: Some(made), ..failure.into() }),
+        }
+    }
+
+    fn describe(self, job: &Job<'_>, noted: &Made) -> String {
+        let made = self.found.as_ref().unwrap_or(noted);
+        format!("{} ({}); delete it with `{}`", in_words(job, made), self.why, by_hand(job, made))
+    }
+}
+
+impl From<Failure> for Left {
+    fn from(failure: Failure) -> Self {
+        Self::because(failure.reason())
+    }
+}
+
+fn in_words(job: &Job<'_>, made: &Made) -> String {
+    let target = &job.target;
+    match made {
+        Made::Image { id: Some(id), .. } => format!("image {id} in {}", target.region),
+        Made::Image { id: None, .. } => format!("perhaps an image `{}` in {}", target.image_name, target.region),
+        Made::Snapshot { id } => format!("snapshot {id} in {}", target.region),
+        Made::Task { id: Some(id), .. } => format!("import task {id} in {}", target.region),
+        Made::Task { id: None, run } => {
+            format!("perhaps an import task with the tag {RUN_TAG}={run} in {}", target.region)
+        }
+        Made::Object { .. } => format!("object s3://{}/{}", target.bucket, target.key),
+        Made::Upload { id: None, .. } => {
+            format!("perhaps an unfinished upload of s3://{}/{}", target.bucket, target.key)
+        }
+        Made::Upload { .. } => format!("unfinished upload of s3://{}/{}", target.bucket, target.key),
+    }
+}
+
+fn by_hand(job: &Job<'_>, made: &Made) -> String {
+    let target = &job.target;
+    let (region, bucket, key) = (&target.region, &target.bucket, &target.key);
+    match made {
+        Made::Image { id: Some(id), .. } => format!("aws ec2 deregister-image --region {region} --image-id {id}"),
+        Made::Image { id: None, .. } => format!(
+            "aws ec2 deregister-image --region {region} --image-id ID`, its id being in `aws ec2 describe-images --region {region} \
+             --owners self --filters 'Name=name,Values={}'",
+            target.image_name
+        ),
+        Made::Snapshot { id } => format!("aws ec2 delete-snapshot --region {region} --snapshot-id {id}"),
+        Made::Task { id, .. } => {
+            let id = id.as_deref().unwrap_or("ID");
+            format!("aws ec2 cancel-import-task --region {region} --import-task-id {id}")
+        }
+        Made::Object { version: None } => format!("aws s3 rm s3://{bucket}/{key}"),
+        Made::Object { version: Some(version) } => {
+            format!("aws s3api delete-object --bucket {bucket} --key {key} --version-id {version}")
+        }
+        Made::Upload { id, .. } => {
+            let id = id.as_deref().unwrap_or("ID");
+            format!("aws s3api abort-multipart-upload --bucket {bucket} --key {key} --upload-id {id}")
+        }
+    }
+}
+
+/// Repeats a deletion while it fails for reasons that pass.
+async fn until_deleted<F>(mut delete: impl FnMut() -> F) -> Result<(), Failure>
+where
+    F: Future<Output = Result<(), Failure>>,
+{
+    let mut unknown = 0;
+    loop {
+        match delete().await {
+            Ok(()) => return Ok(()),
+            // What was only just made may not be known everywhere yet, and would be left behind.
+            Err(failure) if failure.is_not_found() => {
+                unknown += 1;
+                if unknown == GONE {
+                    return Ok(());
+                }
+            }
+            // A snapshot is in use until its image is gone everywhere.
+            Err(failure)
+                if failure.is_passing() && failure.kind == Kind::Refused || failure.code.ends_with(".InUse") => {}
+            Err(failure) => return Err(failure),
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+async fn undo_image(job: &Job<'_>, id: Option<&str>, snapshot: &str) -> Result<Option<Made>, Left> {
+    let id = match id {
+        Some(id) => Some(id.to_owned()),
+        None => search(|| async { Ok(image::own(&image::of_name(job).await?, snapshot)) }).await?,
+    };
+    let Some(id) = id else { return Err(Left::because("no answer to RegisterImage came, and there is none so far")) };
+    let deleted = until_deleted(|| async {
+        let call = job.clients.ec2.deregister_image().image_id(&id);
+        call.send().await.map(|_| ()).map_err(job.clients.failed("ec2:DeregisterImage"))
+    });
+    let image = Made::Image { id: Some(id.clone()), snapshot: snapshot.to_owned() };
+    Left::unless(deleted.await, image)
+}
+
+async fn delete_snapshot(job: &Job<'_>, id: &str) -> Result<Option<Made>, Left> {
+    let deleted = until_deleted(|| async {
+        let call = job.clients.ec2.delete_snapshot().snapshot_id(id);
+        call.send().await.map(|_| ()).map_err(job.clients.failed("ec2:DeleteSnapshot"))
+    });
+    Left::unless(deleted.await, Made::Snapshot { id: id.to_owned() })
+}
+
+async fn undo_task(job: &Job<'_>, id: Option<&str>, run: &str) -> Result<Option<Made>, Left> {
+    let id = match id {
+        Some(id) => Some(id.to_owned()),
+        None => search(|| find_task(job, run)).await?,
+    };
+    let Some(id) = id else { return Err(Left::because("no answer to ImportSnapshot came, and there is none so far")) };
+    let task = || Some(Made::Task { id: Some(id.clone()), run: run.to_owned() });
+    match cancel_task(job, &id).await {
+        Ok(deleted) => Ok(deleted.or_else(task)),
+        Err(left) => Err(Left { found: left.found.or_else(task), ..left }),
+    }
+}
+
+/// Cancels the task, or deletes its snapshot if it was quicker.
+async fn cancel_task(job: &Job<'_>, id: &str) -> Result<Option<Made>, Left> {
+    let mut unknown = 0;
+    loop {
+        match look(job, id).await? {
+            Some(State::Done { snapshot }) => return delete_snapshot(job, &snapshot).await,
+            Some(State::Failed { .. }) => return Ok(None),
+            Some(State::Working { .. }) => {}
+            None if unknown == GONE => return Ok(None),
+            None => unknown += 1,
+        }
+        let call = job.clients.ec2.cancel_import_task().import_task_id(id).cancel_reason("kiln was stopped");
+        let cancelled = call.send().await.map_err(job.clients.failed("ec2:CancelImportTask"));
+        // Refused may also mean that it has just ended: the next look tells.
+        if let Err(failure) = cancelled
+            && !failure.is_passing()
+            && !failure.is_not_found()
+            && !matches!(look(job, id).await?, Some(State::Done { .. } | State::Failed { .. }))
+        {
+            return Err(failure.into());
+        }
+        sleep(PAUSE.min(job.request.poll)).await;
+    }
+}
+
+async fn find_task(job: &Job<'_>, run: &str) -> Result<Option<String>, Failure> {
+    let mut next = None;
+    loop {
+        let call = job.clients.ec2.describe_import_snapshot_tasks().set_next_token(next);
+        let answer = call.send().await.map_err(job.clients.failed("ec2:DescribeImportSnapshotTasks"))?;
+        let own = answer
+            .import_snapshot_tasks()
+            .iter()
+            .find(|task| task.tags().iter().any(|tag| tag.key() == Some(RUN_TAG) && tag.value() == Some(run)));
+        if let Some(id) = own.and_then(|task| task.import_task_id()) {
+            return Ok(Some(id.to_owned()));
+        }
+        next = answer.next_token().filter(|token| !token.is_empty()).map(str::to_owned);
+        if next.is_none() {
+            return Ok(None);
+        }
+    }
+}
+
+async fn delete_object(job: &Job<'_>, version: Option<&str>) -> Result<Option<Made>, Left> {
+    let target = &job.target;
+    let deleted = until_deleted(|| async {
+        let call = job.clients.s3.delete_object().bucket(&target.bucket).key(&target.key);
+        let call = call.set_version_id(version.map(str::to_owned));
+        call.send().await.map(|_| ()).map_err(job.clients.failed("s3:DeleteObject"))
+    });
+    Left::unless(deleted.await, Made::Object { version: version.map(str::to_owned) })
+}
+
+async fn undo_upload(
+    job: &Job<'_>,
+    id: Option<&str>,
+    others: &[String],
+    completing: bool,
+) -> Result<Option<Made>, Left> {
+    let id = match id {
+        Some(id) => Some(id.to_owned()),
+        None => search(|| upload::find(job, others)).await?,
+    };
+    let Some(id) = id else {
+        return Err(Left::because("no answer to CreateMultipartUpload came, and there is none so far"));
+    };
+    let made = || Made::Upload { id: Some(id.clone()), others: Vec::new(), completing };
+    if let Err(failure) = abort(job, &id).await {
+        return Left::unless(Err(failure), made());
+    }
+    // Only now: until it is aborted, S3 may still be putting the object together.
+    if completing && let Some(object) = upload::object(job).await? {
+        return delete_object(job, object.version.as_deref()).await;
+    }
+    Ok(Some(made()))
+}
+
+async fn abort(job: &Job<'_>, id: &str) -> Result<(), Failure> {
+    let (s3, target) = (&job.clients.s3, &job.target);
+    loop {
+        let call = s3.abort_multipart_upload().bucket(&target.bucket).key(&target.key).upload_id(id);
+        match call.send().await.map_err(job.clients.failed("s3:AbortMultipartUpload")) {
+            Ok(_) => {}
+            Err(failure) if failure.is_not_found() => return Ok(()),
+            Err(failure) if failure.is_passing() && failure.kind == Kind::Refused => {}
+            Err(failure) => return Err(failure),
+        }
+        // A part that was still on its way when the upload was aborted may be stored after it.
+        let call = s3.list_parts().bucket(&target.bucket).key(&target.key).upload_id(id).max_parts(1);
+        if call.send().await.is_err() {
+            return Ok(());
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+/// Looks for something until it is there, for some seconds: AWS may still be making it.
+async fn search<F>(mut find: impl FnMut() -> F) -> Result<Option<String>, Failure>
+where
+    F: Future<Output = Result<Option<String>, Failure>>,
+{
+    for _ in 0..LOOKS {
+        if let Some(id) = find().await? {
+            return Ok(Some(id));
+        }
+        sleep(PAUSE).await;
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_changes_with_what_is_known_and_goes_when_nothing_was_made() {
+        let mut undo = Undo::default();
+        let upload = undo.will_make(Made::Upload { id: None, others: Vec::new(), completing: false });
+        let task = undo.will_make(Made::Task { id: None, run: "r".to_owned() });
+        undo.made(upload, Made::Object { version: None });
+        undo.forget(task);
+        undo.will_make(Made::Snapshot { id: "snap-1".to_owned() });
+        let snapshot = Some(Made::Snapshot { id: "snap-1".to_owned() });
+        assert_eq!(undo.made, [Some(Made::Object { version: None }), None, snapshot]);
+    }
+}

@@ -1,0 +1,383 @@
+//! The disk into the bucket: parallel parts, each with its SHA-256, streamed from the file.
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use aws_sdk_s3::config::timeout::TimeoutConfig;
+use aws_sdk_s3::primitives::{ByteStream, Length};
+use aws_sdk_s3::types::{ChecksumAlgorithm, ChecksumMode, ChecksumType, CompletedMultipartUpload, CompletedPart};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::sleep;
+
+use super::Job;
+use super::failure::{Failure, Kind};
+use super::parts::{self, Digest, Part, Parts};
+use super::retry::{Try, backoff, s3_once};
+use super::undo::{Made, Undo};
+use crate::error::{Error, Exit};
+use crate::event::{Event, Events};
+use crate::units::{GIB, Size};
+
+/// How often a part is sent before the upload fails.
+const ATTEMPTS: u32 = 6;
+/// The slowest line that the first attempt allows for, in bytes per second and part; each further one allows for half.
+const SLOWEST: u64 = 128 << 10;
+/// How much of the file a part in flight holds in memory.
+const READ: usize = 256 << 10;
+/// S3 puts the parts together before it answers.
+const COMPLETE: Duration = Duration::from_mins(5);
+
+/// A whole object in the bucket.
+pub(super) struct Uploaded {
+    /// Names this upload, and no other; also after a restart that resumes it.
+    pub(super) id: String,
+    parts: usize,
+}
+
+impl Uploaded {
+    pub(super) fn in_words(&self) -> String {
+        format!("{} parts, each with its SHA-256", self.parts)
+    }
+}
+
+pub(super) fn begins(job: &Job<'_>) -> String {
+    let size = Size(job.request.size * GIB);
+    format!("{size} to s3://{}/{}", job.target.bucket, job.target.key)
+}
+
+pub(super) fn plan_in_words(job: &Job<'_>) -> Result<String, Error> {
+    let (_, parts) = open(job)?;
+    Ok(format!("upload {} in {} parts ({} in parts with data)", begins(job), parts.all.len(), Size(parts.data())))
+}
+
+/// Uploads the disk.
+pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<Uploaded, Error> {
+    let (file, parts) = open(job)?;
+    let before = stamp(job, &file)?;
+    let (entry, id) = create(job, undo).await?;
+    let sender = Sender {
+        s3: job.clients.s3.clone(),
+        events: job.events.clone(),
+        failed: Arc::new(job.clients.failed("s3:UploadPart")),
+        bucket: job.target.bucket.clone(),
+        key: job.target.key.clone(),
+        id: id.clone(),
+        path: job.request.disk.clone(),
+        file,
+        parts,
+    };
+    let sender = Arc::new(sender);
+    let sent = send_all(job, &sender).await?;
+    let parts = sent.len();
+    if stamp(job, &sender.file)? != before {
+        return Err(Error::new(
+            Exit::Input,
+            format!("the disk {} was changed while it was uploaded", job.request.disk.display()),
+        )
+        .help("publish it again when nothing writes to it"));
+    }
+    Box::pin(complete(job, undo, entry, &id, sent)).await?;
+    Ok(Uploaded { id, parts })
+}
+
+/// Deletes the object. Nothing fails if that fails: the disk is imported already.
+pub(super) async fn delete(job: &Job<'_>, undo: &mut Undo) {
+    if let Err(left) = undo.object(job).await {
+        job.events.warn(format!("could not delete {left}"));
+    }
+}
+
+fn open(job: &Job<'_>) -> Result<(File, Parts), Error> {
+    let about = |error| Error::io(format!("cannot read the disk {}", job.request.disk.display()), &error);
+    let file = File::open(&job.request.disk).map_err(about)?;
+    let parts = Parts::of(&file, job.request.size * GIB).map_err(about)?;
+    Ok((file, parts))
+}
+
+fn stamp(job: &Job<'_>, file: &File) -> Result<(u64, Option<std::time::SystemTime>), Error> {
+    let metadata = file.metadata();
+    let metadata =
+        metadata.map_err(|error| Error::io(format!("cannot read the disk {}", job.request.disk.display()), &error))?;
+    Ok((metadata.len(), metadata.modified().ok()))
+}
+
+async fn create(job: &Job<'_>, undo: &mut Undo) -> Result<(usize, String), Error> {
+    // To list them takes a permission of its own. Without it, nothing can be found after a lost answer either.
+    let others = job.stop.or("the list of uploads", unfinished(job)).await?.unwrap_or_default();
+    if !others.is_empty() {
+        job.events.warn(format!(
+            "{} unfinished upload(s) of this disk are in the bucket `{}`, from interrupted runs or one that still goes on",
+            others.len(),
+            job.target.bucket
+        ));
+    }
+    let made = |id| Made::Upload { id, others: others.clone(), completing: false };
+    let what = "the start of the upload";
+    let (entry, answer) = job.make(what, undo, made(None), |attempt| begin(job, &others, attempt)).await?;
+    let id = answer.map_err(|failure| job.error(failure))?;
+    undo.made(entry, made(Some(id.clone())));
+    Ok((entry, id))
+}
+
+/// The unfinished uploads of the target's key.
+async fn unfinished(job: &Job<'_>) -> Result<Vec<String>, Failure> {
+    let target = &job.target;
+    let call = job.clients.s3.list_multipart_uploads().bucket(&target.bucket).prefix(&target.key);
+    let answer = call.send().await.map_err(job.clients.failed("s3:ListMultipartUploads"))?;
+    let of_key = answer.uploads().iter().filter(|upload| upload.key() == Some(&target.key));
+    Ok(of_key.filter_map(|upload| upload.upload_id().map(str::to_owned)).collect())
+}
+
+/// The unfinished upload that is not one of `others`: this run's, though its id was never told.
+pub(super) async fn find(job: &Job<'_>, others: &[String]) -> Result<Option<String>, Failure> {
+    Ok(unfinished(job).await?.into_iter().find(|id| !others.contains(id)))
+}
+
+async fn begin(job: &Job<'_>, others: &[String], attempt: Try) -> Result<String, Failure> {
+    // Asked twice, S3 begins two uploads: an earlier request's is used.
+    if attempt.doubtful
+        && let Ok(Some(id)) = find(job, others).await
+    {
+        return Ok(id);
+    }
+    let call = job
+        .clients
+        .s3
+        .create_multipart_upload()
+        .bucket(&job.target.bucket)
+        .key(&job.target.key)
+        .content_type("application/octet-stream")
+        .checksum_algorithm(ChecksumAlgorithm::Sha256)
+        .checksum_type(ChecksumType::Composite)
+        .metadata("kiln-digest", &job.request.digest)
+        .customize()
+        .config_override(s3_once());
+    let answer = call.send().await.map_err(job.clients.failed("s3:CreateMultipartUpload"))?;
+    answer.upload_id.ok_or_else(|| Failure::found("s3:CreateMultipartUpload", "the answer has no upload id".to_owned()))
+}
+
+/// What was sent of one part.
+struct Sent {
+    part: Part,
+    digest: Digest,
+    etag: String,
+    /// Whether S3 told the SHA-256 of what arrived.
+    confirmed: bool,
+}
+
+/// Why a part wasn't sent.
+enum Lost {
+    Disk(std::io::Error),
+    Refused(Failure),
+    Bug(JoinError),
+}
+
+async fn send_all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Vec<Sent>, Error> {
+    let (mut sent, mut done) = (Vec::with_capacity(sender.parts.all.len()), 0);
+    let mut waiting = sender.parts.all.clone().into_iter();
+    let mut running: JoinSet<Result<Sent, Lost>> = JoinSet::new();
+    let total = job.request.size * GIB;
+    job.events.emit(Event::Progress { phase: "upload", done, total });
+    loop {
+        while running.len() < job.request.parallel.max(1) {
+            let Some(part) = waiting.next() else { break };
+            running.spawn(Arc::clone(sender).send(part));
+        }
+        // What still runs is ended with the set, when this returns.
+        let Some(ended) = job.stop.or("the upload", running.join_next()).await? else { break };
+        match ended.unwrap_or_else(|error| Err(Lost::Bug(error))) {
+            Ok(one) => {
+                done += one.part.length;
+                sent.push(one);
+                job.events.emit(Event::Progress { phase: "upload", done, total });
+            }
+            Err(Lost::Disk(error)) => {
+                return Err(Error::io(format!("cannot read the disk {}", job.request.disk.display()), &error));
+            }
+            Err(Lost::Refused(failure)) => return Err(job.error(failure)),
+            Err(Lost::Bug(error)) => return Err(Error::new(Exit::Bug, format!("an upload thread ended: {error}"))),
+        }
+    }
+    sent.sort_unstable_by_key(|one| one.part.number);
+    if sent.iter().any(|one| !one.confirmed) {
+        job.events.detail("the endpoint doesn't confirm SHA-256 checksums; it was asked to check them");
+    }
+    Ok(sent)
+}
+
+/// Sends parts; shared by all that are in flight.
+struct Sender {
+    s3: aws_sdk_s3::Client,
+    events: Events,
+    failed: Arc<
+        dyn Fn(aws_sdk_s3::error::SdkError<aws_sdk_s3::operation::upload_part::UploadPartError>) -> Failure
+            + Send
+            + Sync,
+    >,
+    bucket: String,
+    key: String,
+    id: String,
+    path: PathBuf,
+    file: File,
+    parts: Parts,
+}
+
+impl Sender {
+    async fn send(self: Arc<Self>, part: Part) -> Result<Sent, Lost> {
+        let hasher = Arc::clone(&self);
+        let digest = tokio::task::spawn_blocking(move || hasher.parts.digest(&hasher.file, part));
+        let digest = digest.await.map_err(Lost::Bug)?.map_err(Lost::Disk)?;
+        let mut attempt = 1;
+        loop {
+            match self.attempt(part, digest, attempt).await {
+                Err(Lost::Refused(failure)) if attempt < ATTEMPTS && may_be_sent_again(&failure) => {
+                    let why = failure.reason();
+                    self.events
+                        .detail(format!("part {} goes again ({attempt} of {ATTEMPTS} failed): {why}", part.number));
+                    sleep(backoff(attempt)).await;
+                    attempt += 1;
+                }
+                ended => return ended,
+            }
+        }
+    }
+
+    async fn attempt(&self, part: Part, digest: Digest, attempt: u32) -> Result<Sent, Lost> {
+        let body = ByteStream::read_from()
+            .path(&self.path)
+            .offset(part.offset)
+            .length(Length::Exact(part.length))
+            .buffer_size(READ)
+            .build()
+            .await
+            .map_err(|error| Lost::Disk(std::io::Error::other(error)))?;
+        let limit = part_limit(part.length, attempt);
+        let timeouts = TimeoutConfig::builder().operation_attempt_timeout(limit).operation_timeout(limit).build();
+        let expected = parts::base64(&digest);
+        let answer = self
+            .s3
+            .upload_part()
+            .bucket(&self.bucket)
+            .key(&self.key)
+            .upload_id(&self.id)
+            .part_number(part.number)
+            .checksum_algorithm(ChecksumAlgorithm::Sha256)
+            .checksum_sha256(&expected)
+            .content_length(i64::try_from(part.length).unwrap_or(i64::MAX))
+            .body(body)
+            .customize()
+            .config_override(s3_once().timeout_config(timeouts))
+            .send()
+            .await
+            .map_err(|error| Lost::Refused((self.failed)(error)))?;
+        let arrived = answer.checksum_sha256();
+        if arrived.is_some_and(|arrived| arrived != expected) {
+            let message = format!("part {} arrived damaged", part.number);
+            return Err(Lost::Refused(Failure::found("s3:UploadPart", message)));
+        }
+        let etag = answer.e_tag().unwrap_or_default().to_owned();
+        Ok(Sent { part, digest, etag, confirmed: arrived.is_some() })
+    }
+}
+
+/// Damage on the way is found by S3, which then refuses the part; sent again it may arrive whole.
+fn may_be_sent_again(failure: &Failure) -> bool {
+    failure.is_passing()
+        || matches!(failure.code.as_str(), "BadDigest" | "XAmzContentChecksumMismatch" | "IncompleteBody")
+}
+
+/// How long an attempt may take. A stalled line is noticed quickly, a slow one gets more time with each attempt.
+fn part_limit(length: u64, attempt: u32) -> Duration {
+    Duration::from_secs(30 + length / SLOWEST).saturating_mul(1 << attempt.saturating_sub(1).min(8))
+}
+
+/// Has S3 put the parts together. The undo entry of the upload becomes that of the object.
+async fn complete(job: &Job<'_>, undo: &mut Undo, entry: usize, id: &str, sent: Vec<Sent>) -> Result<(), Error> {
+    let digests: Vec<Digest> = sent.iter().map(|one| one.digest).collect();
+    let whole = parts::composite(&digests);
+    let parts = sent.into_iter().map(completed_part).collect();
+    let timeouts = TimeoutConfig::builder().operation_attempt_timeout(COMPLETE).operation_timeout(COMPLETE * 2).build();
+    let call = job
+        .clients
+        .s3
+        .complete_multipart_upload()
+        .bucket(&job.target.bucket)
+        .key(&job.target.key)
+        .upload_id(id)
+        .checksum_type(ChecksumType::Composite)
+        .multipart_upload(CompletedMultipartUpload::builder().set_parts(Some(parts)).build())
+        .customize()
+        .config_override(aws_sdk_s3::config::Builder::new().timeout_config(timeouts));
+    let what = "S3 to put the parts together";
+    job.stop.check(what)?;
+    undo.made(entry, Made::Upload { id: Some(id.to_owned()), others: Vec::new(), completing: true });
+    let (version, checksum) = match job.stop.creating(what, call.send()).await? {
+        Ok(answer) => (answer.version_id, answer.checksum_sha256),
+        Err(error) => {
+            let failure = job.clients.failed("s3:CompleteMultipartUpload")(error);
+            // If the first answer was lost and the SDK asked again, the upload is gone because it became the object.
+            match job.call("the uploaded object", Box::pin(object(job))).await? {
+                Some(object) if failure.code == "NoSuchUpload" && object.checksum.as_deref() == Some(&whole) => {
+                    (object.version, object.checksum)
+                }
+                _ => return Err(job.error(failure)),
+            }
+        }
+    };
+    undo.made(entry, Made::Object { version: real_version(version) });
+    match checksum {
+        Some(arrived) if arrived != whole => Err(damaged(job)),
+        _ => Ok(()),
+    }
+}
+
+fn completed_part(sent: Sent) -> CompletedPart {
+    CompletedPart::builder()
+        .part_number(sent.part.number)
+        .e_tag(sent.etag)
+        .checksum_sha256(parts::base64(&sent.digest))
+        .build()
+}
+
+/// What S3 says of an object.
+pub(super) struct Object {
+    pub(super) version: Option<String>,
+    checksum: Option<String>,
+}
+
+/// The target's object, if it is there.
+pub(super) async fn object(job: &Job<'_>) -> Result<Option<Object>, Failure> {
+    let target = &job.target;
+    let head =
+        job.clients.s3.head_object().bucket(&target.bucket).key(&target.key).checksum_mode(ChecksumMode::Enabled);
+    match head.send().await.map_err(job.clients.failed("s3:HeadObject")) {
+        Ok(head) => Ok(Some(Object { version: real_version(head.version_id), checksum: head.checksum_sha256 })),
+        Err(failure) if failure.kind == Kind::Refused && !failure.is_passing() => Ok(None),
+        Err(failure) => Err(failure),
+    }
+}
+
+/// A bucket that keeps no versions has none, or one named `null`.
+fn real_version(version: Option<String>) -> Option<String> {
+    version.filter(|version| version != "null")
+}
+
+fn damaged(job: &Job<'_>) -> Error {
+    Error::new(Exit::Publish, format!("s3://{}/{} differs from what was sent", job.target.bucket, job.target.key))
+        .help("publish again; the disk is unchanged")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::MIB;
+
+    #[test]
+    fn a_part_gets_more_time_with_each_attempt() {
+        assert_eq!(part_limit(8 * MIB, 1), Duration::from_secs(94));
+        assert_eq!(part_limit(8 * MIB, 2), Duration::from_secs(188));
+        assert_eq!(part_limit(8 * MIB, 6), Duration::from_secs(94 * 32));
+    }
+}

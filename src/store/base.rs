@@ -1,0 +1,249 @@
+//! Base images: checked against their digest, then kept as sparse raw disks, so that everything after reads one format.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+use sha2::{Digest as _, Sha256, Sha512};
+
+use super::{Store, allocated, free_space};
+use crate::cancel::Cancel;
+use crate::error::{Error, Exit};
+use crate::event::Events;
+use crate::exec::{self, Tool};
+use crate::recipe::{Algorithm, Digest};
+use crate::units::{Size, hex};
+
+/// How long `qemu-img` may take for the largest base.
+const CONVERT_LIMIT: Duration = Duration::from_secs(3600);
+
+/// Image formats that clouds and distributions hand out, by qemu-img's names.
+const FORMATS: [&str; 5] = ["raw", "qcow2", "vmdk", "vhdx", "vpc"];
+
+/// A base in the store.
+#[derive(Debug, Clone)]
+pub struct Imported {
+    /// The sparse raw disk. Never written again.
+    pub disk: PathBuf,
+    /// SHA-256 of the image file as it was given, in lowercase hex.
+    pub sha256: String,
+    /// The image's format.
+    pub format: String,
+}
+
+#[derive(Deserialize)]
+struct Info {
+    format: String,
+    #[serde(rename = "virtual-size")]
+    virtual_size: u64,
+    #[serde(rename = "full-backing-filename")]
+    backing: Option<String>,
+}
+
+impl Store {
+    /// Checks `image` against the digest that it should have, and brings it into the store unless it is there.
+    ///
+    /// # Errors
+    /// When it is missing, has another digest, is no disk image, or can't be converted.
+    pub fn import_base(
+        &self,
+        image: &Path,
+        expected: Option<&Digest>,
+        qemu_img: &Path,
+        events: &Events,
+        cancel: &Cancel,
+    ) -> Result<Imported, Error> {
+        let shown = image.display();
+        let mut file = File::open(image).map_err(|error| missing(image, &error))?;
+        if file.metadata().is_ok_and(|metadata| metadata.is_dir()) {
+            return Err(Error::new(Exit::Input, format!("the base image `{shown}` is a folder")));
+        }
+        let sha256 = check_digest(image, &mut file, expected, cancel)?;
+        let folder = self.root.join("bases").join(&sha256);
+        let disk = folder.join("disk.raw");
+        let format_file = folder.join("format");
+        if disk.is_file()
+            && let Ok(format) = fs_err::read_to_string(&format_file)
+        {
+            return Ok(Imported { disk, sha256, format });
+        }
+        let imported = events.phase(
+            "import-base",
+            format!("unpacking {shown} (once)"),
+            |format: &String| format!("{shown} ({format}) is in the cache now"),
+            || self.unpack(image, &folder, qemu_img, events, cancel),
+        )?;
+        Ok(Imported { disk, sha256, format: imported })
+    }
+
+    fn unpack(
+        &self,
+        image: &Path,
+        folder: &Path,
+        qemu_img: &Path,
+        events: &Events,
+        cancel: &Cancel,
+    ) -> Result<String, Error> {
+        let scratch = self.scratch()?;
+        let gunzipped = scratch.path().join("gunzipped");
+        let image = if gunzip(image, &gunzipped, cancel)? { &gunzipped } else { image };
+        let info = inspect(image, qemu_img, cancel)?;
+        let room = free_space(&self.root).unwrap_or(u64::MAX);
+        // A compressed image rarely holds more than three times its size, and never more than its disk.
+        let need = allocated(image).unwrap_or(0).saturating_mul(3).min(info.virtual_size);
+        if room < need {
+            let message = format!(
+                "the cache's filesystem has {} free, and unpacking the base may need {}",
+                Size(room),
+                Size(need)
+            );
+            return Err(
+                Error::new(Exit::Host, message).help("free some space, or choose another place with --cache-dir")
+            );
+        }
+        let fresh = scratch.path().join("base");
+        let io_failed = |error: io::Error| Error::io("cannot keep the base image", &error);
+        fs_err::create_dir(&fresh).map_err(io_failed)?;
+        let raw = fresh.join("disk.raw");
+        let progress = Tool::new(qemu_img, CONVERT_LIMIT)
+            .args(["convert", "-f", &info.format, "-O", "raw", "-m", "4", "-W"])
+            .arg(image)
+            .arg(&raw);
+        events.detail(format!("{} as {}", Size(info.virtual_size), info.format));
+        progress.run(cancel).map_err(|error| unpack_failed(image, error))?;
+        // qemu-img reads what lies beyond the end of a file cut short as zeros, and succeeds.
+        crate::disk::Image::raw(&raw).and_then(|raw| crate::disk::Table::read(&raw)).map_err(|_| {
+            let message = format!("the base image `{}` holds no disk that can be read", image.display());
+            Error::new(Exit::Input, message).help("download it again and compare its digest with the publisher's")
+        })?;
+        fs_err::write(fresh.join("format"), &info.format).map_err(io_failed)?;
+        let disk = fs_err::OpenOptions::new().write(true).open(&raw).map_err(io_failed)?;
+        disk.sync_all().map_err(io_failed)?;
+        // Overlays rely on it byte for byte.
+        let mut permissions = disk.metadata().map_err(io_failed)?.permissions();
+        permissions.set_readonly(true);
+        disk.set_permissions(permissions).map_err(io_failed)?;
+        match fs_err::rename(&fresh, folder) {
+            Err(error) if !folder.join("format").is_file() => Err(io_failed(error)),
+            // Another kiln was quicker with the same bytes.
+            _ => Ok(info.format),
+        }
+    }
+}
+
+fn missing(image: &Path, error: &io::Error) -> Error {
+    let shown = image.display();
+    if error.kind() == io::ErrorKind::NotFound {
+        Error::new(Exit::Input, format!("the base image `{shown}` does not exist")).help(
+            "download a cloud image (qcow2, raw, VMDK or VHDX) there, or make a Debian one with scripts/base-image",
+        )
+    } else {
+        Error::new(Exit::Input, format!("cannot read the base image `{shown}`: {error}"))
+    }
+}
+
+fn unpack_failed(image: &Path, error: exec::Error) -> Error {
+    match error {
+        exec::Error::Failed { stderr, .. } if stderr.contains("No space left") => {
+            Error::new(Exit::Host, "no space left for the unpacked base image")
+                .help("free some space, or choose another place with --cache-dir")
+        }
+        exec::Error::Failed { stderr, .. } => {
+            let why = stderr.lines().last().unwrap_or_default().trim_start_matches("qemu-img: ").to_owned();
+            Error::new(Exit::Input, format!("the base image `{}` is damaged: {why}", image.display()))
+                .help("download it again and compare its digest with the publisher's")
+        }
+        other => other.into(),
+    }
+}
+
+fn inspect(image: &Path, qemu_img: &Path, cancel: &Cancel) -> Result<Info, Error> {
+    let shown = image.display();
+    let output = Tool::new(qemu_img, Duration::from_secs(60))
+        .args(["info", "--output=json"])
+        .arg(image)
+        .run(cancel)
+        .map_err(|error| unpack_failed(image, error))?;
+    let info: Info = serde_json::from_slice(&output.stdout)
+        .map_err(|error| Error::new(Exit::Bug, format!("qemu-img's answer about `{shown}` makes no sense: {error}")))?;
+    if let Some(backing) = &info.backing {
+        let message = format!("the base image `{shown}` is only a layer over `{backing}`");
+        return Err(Error::new(Exit::Input, message).help("flatten it: qemu-img convert -O qcow2 LAYER WHOLE"));
+    }
+    if !FORMATS.contains(&info.format.as_str()) {
+        let message = format!("the base image `{shown}` has the format {}, which kiln doesn't take", info.format);
+        return Err(Error::new(Exit::Input, message).help("convert it: qemu-img convert -O qcow2 IMAGE NEW"));
+    }
+    if info.format == "raw" {
+        crate::disk::Image::raw(image).and_then(|raw| crate::disk::Table::read(&raw)).map_err(|error| {
+            Error::new(Exit::Input, error.to_string())
+                .help("base.image must be a bootable cloud image: qcow2, raw, VMDK or VHDX, gzipped or not")
+        })?;
+    }
+    Ok(info)
+}
+
+/// Unpacks `image` to `to` if it is gzipped.
+fn gunzip(image: &Path, to: &Path, cancel: &Cancel) -> Result<bool, Error> {
+    let failed = |error: io::Error| Error::io(format!("cannot unpack `{}`", image.display()), &error);
+    let mut file = File::open(image).map_err(failed)?;
+    let mut magic = [0; 6];
+    let read = file.read(&mut magic).map_err(failed)?;
+    for (start, name) in [(&b"\xfd7zXZ"[..], "xz"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"BZh", "bzip2")] {
+        if magic[..read].starts_with(start) {
+            let message = format!("the base image `{}` is packed with {name}", image.display());
+            return Err(Error::new(Exit::Input, message).help(format!("unpack it first with {name} -d")));
+        }
+    }
+    if !magic[..read].starts_with(b"\x1f\x8b") {
+        return Ok(false);
+    }
+    let mut unpacked = flate2::read::MultiGzDecoder::new(File::open(image).map_err(failed)?);
+    let mut out = File::create(to).map_err(failed)?;
+    copy(&mut unpacked, cancel, |bytes| io::Write::write_all(&mut out, bytes)).map_err(failed)?;
+    cancel.check()?;
+    Ok(true)
+}
+
+/// The file's SHA-256, once its digest is what it should be.
+fn check_digest(image: &Path, file: &mut File, expected: Option<&Digest>, cancel: &Cancel) -> Result<String, Error> {
+    let mut sha256 = Sha256::new();
+    let mut sha512 = expected.is_some_and(|digest| digest.algorithm == Algorithm::Sha512).then(Sha512::new);
+    copy(file, cancel, |bytes| {
+        sha256.update(bytes);
+        if let Some(sha512) = &mut sha512 {
+            sha512.update(bytes);
+        }
+        Ok(())
+    })
+    .map_err(|error| Error::new(Exit::Input, format!("cannot read the base image `{}`: {error}", image.display())))?;
+    cancel.check()?;
+    let sha256 = hex(&sha256.finalize());
+    if let Some(expected) = expected {
+        let found = sha512.map_or_else(|| sha256.clone(), |sha512| hex(&sha512.finalize()));
+        if found != expected.hex {
+            let name = expected.algorithm;
+            let message = format!("the base image `{}` has another {name} than the recipe says", image.display());
+            return Err(Error::new(Exit::Input, message)
+                .with_note(format!("expected {}", expected.hex))
+                .with_note(format!("found    {found}"))
+                .help("if you trust the file, put what was found into the recipe; if not, download it again"));
+        }
+    }
+    Ok(sha256)
+}
+
+fn copy(from: &mut impl Read, cancel: &Cancel, mut to: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+    let mut buffer = vec![0; 1 << 20];
+    while cancel.check().is_ok() {
+        match from.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(n) => to(&buffer[..n])?,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,143 @@
+//! Events for people: a line for each thing done, and on a terminal one live line for what is being waited for.
+
+use std::fmt::Write as _;
+use std::io::{self, Write};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::{Ui, Verbosity};
+use crate::event::Event;
+use crate::units::{Size, show_duration};
+
+/// See the module.
+pub(super) struct Shower {
+    ui: Ui,
+    live: Mutex<Option<ProgressBar>>,
+}
+
+#[derive(Clone, Copy)]
+enum Colour {
+    Green,
+    Yellow,
+    Cyan,
+    Dim,
+}
+
+impl Shower {
+    pub(super) fn new(ui: Ui) -> Self {
+        Self { ui, live: Mutex::new(None) }
+    }
+
+    pub(super) fn show(&self, event: &Event) {
+        match event {
+            Event::PhaseStarted { detail, .. } => self.begin(detail),
+            Event::PhaseDone { phase, detail, took } => {
+                self.end();
+                self.line(Colour::Green, phase, &with_time(detail, *took));
+            }
+            Event::StepStarted { index, total, name } => {
+                self.line(Colour::Cyan, "step", &format!("{index}/{total} {name}"));
+                self.begin(&format!("running {name}"));
+            }
+            Event::StepDone { took, name, .. } => {
+                self.end();
+                self.line(Colour::Green, "done", &with_time(name, *took));
+            }
+            Event::Output { line } => {
+                self.print(Verbosity::Normal, &format!("{} {}", self.paint(Colour::Dim, "        |"), printable(line)));
+            }
+            Event::Progress { done, total, .. } => self.progress(*done, *total),
+            Event::Warning { message, help } => {
+                let mut text = format!("{} {message}", self.paint(Colour::Yellow, "warning:"));
+                if let Some(help) = help {
+                    let _ = write!(text, "\n  {} {help}", self.paint(Colour::Dim, "help:"));
+                }
+                self.print(Verbosity::Quiet, &text);
+            }
+            Event::Note { message } => self.line(Colour::Cyan, "note", message),
+            Event::Detail { message } => {
+                self.print(Verbosity::Verbose, &self.paint(Colour::Dim, &format!("          {message}")));
+            }
+        }
+    }
+
+    fn line(&self, colour: Colour, word: &str, text: &str) {
+        self.print(Verbosity::Normal, &format!("{} {text}", self.paint(colour, &format!("{word:>9}"))));
+    }
+
+    fn print(&self, from: Verbosity, text: &str) {
+        if self.ui.verbosity < from {
+            return;
+        }
+        let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
+        let write = || drop(writeln!(io::stderr().lock(), "{text}"));
+        match &*live {
+            Some(bar) => bar.suspend(write),
+            None => write(),
+        }
+    }
+
+    fn begin(&self, what: &str) {
+        if !self.ui.live || self.ui.verbosity == Verbosity::Quiet {
+            return;
+        }
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(8));
+        bar.set_style(style("{spinner} {msg} {elapsed}"));
+        bar.set_message(what.to_owned());
+        bar.enable_steady_tick(Duration::from_millis(125));
+        let before = self.live.lock().unwrap_or_else(PoisonError::into_inner).replace(bar);
+        if let Some(before) = before {
+            before.finish_and_clear();
+        }
+    }
+
+    fn progress(&self, done: u64, total: u64) {
+        if let Some(bar) = &*self.live.lock().unwrap_or_else(PoisonError::into_inner)
+            && total > 0
+        {
+            if bar.length() != Some(total) {
+                bar.set_length(total);
+                bar.set_style(style("{spinner} {msg} {bar:24} {percent}% {prefix} {eta} left"));
+            }
+            bar.set_prefix(if total > 1 << 20 { format!("{} of {}", Size(done), Size(total)) } else { String::new() });
+            bar.set_position(done);
+        }
+    }
+
+    fn end(&self) {
+        if let Some(bar) = self.live.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn paint(&self, colour: Colour, text: &str) -> String {
+        let code = match colour {
+            Colour::Green => "32;1",
+            Colour::Yellow => "33;1",
+            Colour::Cyan => "36;1",
+            Colour::Dim => "2",
+        };
+        if self.ui.colour { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
+    }
+}
+
+impl Drop for Shower {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_spinner())
+}
+
+fn with_time(text: &str, took: Duration) -> String {
+    if text.is_empty() { show_duration(took) } else { format!("{text} ({})", show_duration(took)) }
+}
+
+/// What a guest printed, without what would steer the terminal.
+fn printable(line: &str) -> String {
+    line.chars().map(|c| if c.is_control() && c != '\t' { '\u{fffd}' } else { c }).collect()
+}

@@ -1,0 +1,155 @@
+#!/bin/sh
+# kiln's guest agent. The guest's sh reads it straight from a read-only raw drive, so nothing is installed.
+#
+# Three virtio-serial ports: kiln.ctl carries one-line commands in and one-line answers out, kiln.in carries tar
+# streams in, kiln.out carries what steps print. Every command has a nonce that only kiln and this shell know; it is
+# never in a step's environment, arguments or open files, so a step can't forge an answer.
+#
+#   in   run NONCE BYTES sh|exec      BYTES of tar on kiln.in, unpacked to a fresh folder; runs .kiln/step there
+#        put NONCE BYTES USER GROUP DIR/   BYTES of tar on kiln.in, unpacked into DIR (the rest of the line)
+#        freeze NONCE                 unmounts or freezes every filesystem; nothing is written after the answer
+#        halt NONCE                   shuts the guest down
+#   out  ready VERSION UPTIME
+#        done NONCE STATUS FREE_KIB   ended; STATUS of the step, space left on /
+#        fail NONCE WHY               it could not even be tried
+set -u
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+export PATH
+umask 022
+exec </dev/null >/dev/console 2>&1
+
+group=/sys/fs/cgroup/kiln.step
+
+find_port() {
+    tries=0
+    while [ "$tries" -lt 600 ]; do
+        for entry in /sys/class/virtio-ports/*; do
+            if [ "$(cat "$entry/name" 2>/dev/null)" = "$1" ] && [ -c "/dev/${entry##*/}" ]; then
+                echo "/dev/${entry##*/}"
+                return 0
+            fi
+        done
+        [ "$tries" -gt 0 ] || modprobe virtio_console
+        tries=$((tries + 1))
+        sleep 0.1
+    done
+    echo "kiln: this guest has no port $1" >&2
+    return 1
+}
+
+answer() { echo "$*" >&3; }
+
+receive() { head -c "$1" <&5; }
+
+refuse() { # NONCE BYTES WHY...: the stream must be read all the same, or the next one starts in its middle
+    refused=$1 bytes=$2
+    shift 2
+    receive "$bytes" >/dev/null
+    answer fail "$refused" "$@"
+}
+
+free_kib() { df -Pk / | { read -r _ && read -r _ _ _ left _ && echo "$left"; }; }
+
+finish() { # NONCE STATUS: the mark on kiln.out says that all output before it has arrived
+    printf '\000kiln-end %s\n' "$1" >&4
+    answer "done" "$1" "$2" "$(free_kib)"
+}
+
+run() { # NONCE BYTES sh|exec
+    # A small step lives in memory, so that its secrets never touch the disk; a large one would not fit.
+    if [ "$2" -le 33554432 ]; then work=$(mktemp -d /run/kiln/work.XXXXXX); else work=$(mktemp -d /var/tmp/kiln.XXXXXX); fi
+    chmod 755 "$work"
+    if ! receive "$2" | tar -x -p -f - -C "$work"; then
+        rm -rf "$work"
+        answer fail "$1" "the step's files could not be unpacked in the guest"
+        return
+    fi
+    [ "$3" = sh ] && set -- "$1" "$2" sh -eu
+    [ "$3" = exec ] && set -- "$1" "$2"
+    nonce=$1
+    shift 2
+    (
+        # Out of the agent's unit: if the kernel kills the step for memory, systemd must not stop the agent with it.
+        echo 0 >"$group/cgroup.procs"
+        echo 0 >/proc/self/oom_score_adj
+        cd "$work" || exit 126
+        # shellcheck disable=SC2016 # expanded by the inner shell
+        exec env -i PATH="$PATH" HOME=/root USER=root LOGNAME=root SHELL=/bin/sh LANG=C.UTF-8 TERM=dumb \
+            DEBIAN_FRONTEND=noninteractive \
+            /bin/sh -c '. ./.kiln/env; exec "$@"' sh "$@" ./.kiln/step </dev/null >&4 2>&4 3>&- 4>&- 5<&-
+    ) 2>/dev/null
+    status=$?
+    rm -rf "$work"
+    finish "$nonce" "$status"
+}
+
+known() { # passwd|group NAME
+    case $2 in *[!0-9]*) getent "$1" "$2" >/dev/null || grep -q "^$2:" "/etc/$1" ;; esac
+}
+
+put() { # NONCE BYTES USER GROUP DIR/
+    known passwd "$3" || { refuse "$1" "$2" "the guest has no user \`$3\`"; return; }
+    known group "$4" || { refuse "$1" "$2" "the guest has no group \`$4\`"; return; }
+    mkdir -p "$5" 2>/dev/null || { refuse "$1" "$2" "\`$5\` can't be made a folder in the guest"; return; }
+    keep=
+    if tar --version 2>/dev/null | grep -q GNU; then keep='--no-overwrite-dir --keep-directory-symlink'; fi
+    # shellcheck disable=SC2086 # two options or none
+    receive "$2" | tar -x -p --same-owner $keep -f - -C "$5" >&4 2>&4
+    status=$?
+    if command -v selinuxenabled >/dev/null && selinuxenabled; then restorecon -R "$5"; fi
+    finish "$1" "$status"
+}
+
+freeze() { # NONCE
+    sync
+    while read -r device place kind _; do
+        case $device in /dev/*) ;; *) continue ;; esac
+        [ "$place" != / ] || continue
+        fstrim "$place" 2>/dev/null
+        umount "$place" || mount -o remount,ro "$place" || { answer fail "$1" "$place ($kind) stays in use"; return; }
+    done <<END
+$(sort -r /proc/mounts)
+END
+    fstrim / || echo "kiln: fstrim / failed" >&2
+    sync
+    fsfreeze -f / || { answer fail "$1" "the root filesystem could not be frozen"; return; }
+    # Builtins only from here: anything that reads a file could wait for the frozen filesystem for ever.
+    echo "done $1 0 0" >&3
+    read -r _ <&3
+}
+
+ctl=$(find_port kiln.ctl) && out=$(find_port kiln.out) && in=$(find_port kiln.in) || exit 1
+exec 3<>"$ctl" 4>"$out" 5<"$in"
+if [ "${1:-}" != again ]; then
+    echo -1000 >/proc/self/oom_score_adj
+    mkdir -p /run/kiln "$group"
+    mount -t tmpfs -o mode=0755,size=50% kiln /run/kiln
+    # Booted by the disk's own boot loader: the rest of the boot, cloud-init included, must be over before steps begin.
+    if [ "${1:-}" = firmware ] && command -v cloud-init >/dev/null; then
+        timeout 300 cloud-init status --wait >/dev/null
+    fi
+    # Package timers would take the package manager's lock away from steps. In /run: gone with this boot.
+    systemctl mask --runtime --now --quiet apt-daily.timer apt-daily-upgrade.timer dnf-makecache.timer \
+        unattended-upgrades.service 2>/dev/null
+    read -r up _ </proc/uptime
+    answer ready 1 "$up"
+fi
+while read -r command nonce rest <&3; do
+    # shellcheck disable=SC2086 # fields are split here on purpose; none has blanks but put's last
+    case $command in
+        run) run "$nonce" $rest ;;
+        put)
+            read -r bytes user group_name place <<END
+$rest
+END
+            put "$nonce" "$bytes" "$user" "$group_name" "$place"
+            ;;
+        freeze) freeze "$nonce" ;;
+        halt)
+            finish "$nonce" 0
+            systemctl --no-block poweroff || poweroff
+            ;;
+        *) answer fail "$nonce" "unknown command $command" ;;
+    esac
+done
+exit 0

@@ -1,0 +1,307 @@
+//! The agent in the guest, from kiln's side. The other side is `agent.sh`, which describes the protocol.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use sha2::{Digest as _, Sha256};
+
+use super::Error;
+use super::output::Sink;
+use super::process::{Machine, Signal};
+use crate::units::hex;
+
+/// The agent's script.
+const AGENT: &str = include_str!("agent.sh");
+/// The agent's answer to being started: its protocol's version.
+const READY: &str = "ready 1 ";
+
+/// A guest whose agent is ready.
+pub struct Guest {
+    machine: Machine,
+    /// Seconds since the guest's kernel started when the agent became ready.
+    pub uptime: String,
+}
+
+/// How far a booted disk came.
+pub enum Reached {
+    /// The agent runs: the boot is over.
+    Agent(Guest),
+    /// Only the console asks for a login.
+    Login(Machine),
+}
+
+/// How a step ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended {
+    /// Its exit status; 128+n after signal n.
+    pub status: i32,
+    /// Space left on the guest's root filesystem, in KiB.
+    pub free_kib: u64,
+    /// The kernel ended a process for lack of memory meanwhile.
+    pub out_of_memory: bool,
+}
+
+/// A tar archive on its way into the guest.
+pub struct Archive {
+    file: File,
+    length: u64,
+}
+
+impl Archive {
+    /// An archive in a file that needs no name, made by `fill`, in `folder`.
+    ///
+    /// # Errors
+    /// When `fill` fails or the file can't be written.
+    pub fn build(folder: &Path, fill: impl FnOnce(&mut tar::Builder<&mut File>) -> io::Result<()>) -> io::Result<Self> {
+        let mut file = tempfile::tempfile_in(folder)?;
+        let mut builder = tar::Builder::new(&mut file);
+        builder.mode(tar::HeaderMode::Complete);
+        fill(&mut builder)?;
+        builder.into_inner()?;
+        let length = file.stream_position()?;
+        // Readers take whole records of 20 blocks.
+        let padded = length.next_multiple_of(10_240);
+        file.set_len(padded)?;
+        file.rewind()?;
+        Ok(Self { file, length: padded })
+    }
+
+    /// SHA-256 of the archive, in hex.
+    ///
+    /// # Errors
+    /// When it can't be read.
+    pub fn digest(&self) -> io::Result<String> {
+        let mut hasher = Sha256::new();
+        let mut file = &self.file;
+        let mut buffer = vec![0; 1 << 20];
+        while let n @ 1.. = file.read(&mut buffer)? {
+            hasher.update(&buffer[..n]);
+        }
+        file.rewind()?;
+        Ok(hex(&hasher.finalize()))
+    }
+}
+
+/// Whose files a copy makes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owner {
+    /// User, by name or number.
+    pub user: String,
+    /// Group, by name or number.
+    pub group: String,
+}
+
+impl Guest {
+    /// Writes the agent's script as a drive: padded to whole sectors with line ends, which sh reads over.
+    ///
+    /// # Errors
+    /// When the file can't be written.
+    pub fn write_agent_drive(path: &Path) -> io::Result<()> {
+        let mut text = AGENT.as_bytes().to_vec();
+        text.resize(text.len().next_multiple_of(4096), b'\n');
+        fs_err::write(path, text)
+    }
+
+    /// Waits for the agent.
+    ///
+    /// # Errors
+    /// When it doesn't come.
+    pub fn connect(machine: Machine, limit: Duration) -> Result<Self, Error> {
+        match Self::reach(machine, limit, true)? {
+            Reached::Agent(guest) => Ok(guest),
+            Reached::Login(_) => Err(Error::Protocol("a login".to_owned())),
+        }
+    }
+
+    /// Waits for the agent, or where `needs_agent` doesn't ask for it for the login on the console, whichever is first.
+    ///
+    /// # Errors
+    /// When neither comes.
+    pub fn reach(mut machine: Machine, limit: Duration, needs_agent: bool) -> Result<Reached, Error> {
+        let awaited = if needs_agent { "the guest's agent" } else { "the system to come up" };
+        let answer = machine.wait_for(awaited, limit, |signal| match signal {
+            Signal::Answer(line) => Some(Some(line.clone())),
+            Signal::Seen if !needs_agent => Some(None),
+            _ => None,
+        })?;
+        match answer {
+            None => Ok(Reached::Login(machine)),
+            Some(line) => match line.strip_prefix(READY) {
+                Some(uptime) => Ok(Reached::Agent(Self { uptime: uptime.to_owned(), machine })),
+                None => Err(Error::Protocol(line)),
+            },
+        }
+    }
+
+    /// Runs the archive's `.kiln/step` in a fresh folder with the rest of the archive in it: by `sh -eu`, or by
+    /// itself if it has a shebang. `what` is named when it takes too long.
+    ///
+    /// # Errors
+    /// When the guest fails; a step that fails is not an error here.
+    pub fn run(
+        &mut self,
+        what: &str,
+        archive: Archive,
+        shebang: bool,
+        sink: Box<dyn Sink>,
+        limit: Duration,
+    ) -> Result<Ended, Error> {
+        let rest = if shebang { "exec" } else { "sh" };
+        self.stream("run", what, archive, rest, sink, limit)
+    }
+
+    /// Unpacks the archive into `folder` of the guest (made if missing).
+    ///
+    /// # Errors
+    /// When the guest has no such owner, or fails.
+    pub fn put(
+        &mut self,
+        what: &str,
+        archive: Archive,
+        owner: &Owner,
+        folder: &str,
+        sink: Box<dyn Sink>,
+        limit: Duration,
+    ) -> Result<Ended, Error> {
+        let rest = format!("{} {} {}/", owner.user, owner.group, folder.trim_end_matches('/'));
+        self.stream("put", what, archive, &rest, sink, limit)
+    }
+
+    /// Unmounts or freezes all filesystems; the overlay is whole when this returns.
+    ///
+    /// # Errors
+    /// When something keeps a filesystem in use.
+    pub fn freeze(mut self, limit: Duration) -> Result<(), Error> {
+        let nonce = nonce().map_err(Error::io("cannot read random numbers"))?;
+        self.command(&format!("freeze {nonce}"))?;
+        self.answer("the guest to freeze its disk", &nonce, limit)?;
+        self.machine.quit()
+    }
+
+    /// Shuts the guest down in order and waits until it is off.
+    ///
+    /// # Errors
+    /// When it doesn't.
+    pub fn halt(mut self, limit: Duration) -> Result<(), Error> {
+        let nonce = nonce().map_err(Error::io("cannot read random numbers"))?;
+        self.command(&format!("halt {nonce}"))?;
+        self.machine.wait_for_power_off(limit)
+    }
+
+    fn stream(
+        &mut self,
+        command: &str,
+        what: &str,
+        archive: Archive,
+        rest: &str,
+        sink: Box<dyn Sink>,
+        limit: Duration,
+    ) -> Result<Ended, Error> {
+        let nonce = nonce().map_err(Error::io("cannot read random numbers"))?;
+        let mut inputs = {
+            let agent = self.machine.agent.as_ref().ok_or_else(|| Error::Protocol("nothing".to_owned()))?;
+            agent.output.begin(&nonce, sink);
+            agent.inputs.try_clone().map_err(Error::io("cannot talk to the guest"))?
+        };
+        let _ = self.machine.out_of_memory();
+        self.command(&format!("{command} {nonce} {} {rest}", archive.length))?;
+        // On a thread, so that the wait below sees what happens to the guest meanwhile. If the guest dies the write
+        // fails; the wait has the reason.
+        let writer = std::thread::spawn(move || io::copy(&mut archive.file.take(archive.length), &mut inputs));
+        let ended = self.answer(what, &nonce, limit);
+        let _ = self.machine.agent.as_ref().map(|agent| agent.output.end());
+        let mut ended = ended?;
+        drop(writer);
+        ended.out_of_memory = self.machine.out_of_memory();
+        Ok(ended)
+    }
+
+    fn command(&mut self, line: &str) -> Result<(), Error> {
+        let sent = match &mut self.machine.agent {
+            Some(agent) => agent.commands.write_all(format!("{line}\n").as_bytes()),
+            None => Err(io::ErrorKind::NotConnected.into()),
+        };
+        sent.or_else(|error| {
+            self.machine.wait_for("QEMU", Duration::from_secs(5), |_| None::<()>)?;
+            Err(Error::io("cannot talk to the guest")(error))
+        })
+    }
+
+    /// The agent's answer, once the output that belongs to it has arrived as well.
+    fn answer(&mut self, what: &str, nonce: &str, limit: Duration) -> Result<Ended, Error> {
+        let mut ended = None;
+        let mut output_ended = false;
+        self.machine.wait_for(what, limit, |signal| {
+            match signal {
+                Signal::Answer(line) => match parse(line, nonce) {
+                    Some(Ok(result)) => ended = Some(Ok(result)),
+                    Some(Err(error)) => return Some(Err(error)),
+                    None => {}
+                },
+                Signal::OutputEnd(end) => output_ended |= end == nonce,
+                _ => {}
+            }
+            let silent = what.ends_with("freeze its disk");
+            if output_ended || silent { ended.take() } else { None }
+        })?
+    }
+}
+
+/// What an answer says to the command with `nonce`; `None` if it is not an answer to it.
+fn parse(line: &str, nonce: &str) -> Option<Result<Ended, Error>> {
+    let (kind, rest) = line.split_once(' ')?;
+    let rest = rest.strip_prefix(nonce)?;
+    match kind {
+        "fail" => Some(Err(Error::Refused(rest.trim().to_owned()))),
+        "done" => {
+            let mut numbers = rest.split_whitespace();
+            let status = numbers.next().and_then(|status| status.parse().ok());
+            let free_kib = numbers.next().and_then(|free| free.parse().ok()).unwrap_or(0);
+            Some(match status {
+                Some(status) => Ok(Ended { status, free_kib, out_of_memory: false }),
+                None => Err(Error::Protocol(line.to_owned())),
+            })
+        }
+        _ => None,
+    }
+}
+
+/// 128 random bits that no guest can guess.
+fn nonce() -> io::Result<String> {
+    let mut bytes = [0; 16];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(hex(&bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_told_from_forgeries() {
+        let ended = parse("done abc 100 2048", "abc").unwrap().unwrap();
+        assert_eq!(ended, Ended { status: 100, free_kib: 2048, out_of_memory: false });
+        assert!(parse("done other 0 0", "abc").is_none());
+        assert!(parse("done", "abc").is_none());
+        assert!(matches!(parse("fail abc no user", "abc"), Some(Err(Error::Refused(why))) if why == "no user"));
+        assert!(matches!(parse("done abc x", "abc"), Some(Err(Error::Protocol(_)))));
+    }
+
+    #[test]
+    fn nonces_differ() {
+        assert_ne!(nonce().unwrap(), nonce().unwrap());
+    }
+
+    #[test]
+    fn an_archive_is_whole_records() {
+        let folder = tempfile::tempdir().unwrap();
+        let archive = Archive::build(folder.path(), |tar| {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(3);
+            tar.append_data(&mut header, "a", &b"abc"[..])
+        });
+        assert_eq!(archive.unwrap().length % 10_240, 0);
+    }
+}

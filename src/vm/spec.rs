@@ -1,0 +1,272 @@
+//! What machine to start, as data, and the QEMU arguments that say so. Pure.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::units::{MIB, Size};
+
+/// How the guest's instructions are run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    /// The kernel's virtual machines.
+    Kvm,
+    /// Software emulation.
+    Tcg,
+}
+
+impl Accelerator {
+    /// The name that the command line and the manifest use.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+/// What starts the guest's kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Boot {
+    /// QEMU loads the disk's own kernel itself.
+    Direct {
+        /// File with the kernel.
+        kernel: PathBuf,
+        /// File with the initrd.
+        initrd: Option<PathBuf>,
+        /// The kernel's command line.
+        command_line: String,
+    },
+    /// `SeaBIOS` and the disk's boot loader.
+    Bios,
+    /// OVMF and the disk's boot loader.
+    Uefi {
+        /// Read-only firmware code.
+        code: PathBuf,
+        /// This guest's own copy of the variable store.
+        variables: PathBuf,
+    },
+}
+
+/// How the disk is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskBus {
+    /// `virtio-blk`: fast, discards, known to every cloud kernel.
+    Virtio,
+    /// `NVMe`, as EC2's Nitro shows its volumes.
+    Nvme,
+}
+
+/// What the guest can reach.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Network {
+    /// No network card at all.
+    None,
+    /// QEMU's user networking, behind kiln's filter ([`super::filter`]).
+    Filtered,
+    /// User networking that reaches nothing, with a loopback port of the host forwarded to the guest's port 22.
+    Isolated {
+        /// Port on the host's 127.0.0.1 for the guest's port 22.
+        ssh: Option<u16>,
+    },
+}
+
+/// A machine to start. Sockets and the console are relative to the folder that QEMU runs in.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    /// How instructions are run.
+    pub accelerator: Accelerator,
+    /// Virtual processors.
+    pub cpus: u32,
+    /// Guest memory.
+    pub memory: Size,
+    /// What starts the kernel.
+    pub boot: Boot,
+    /// The qcow2 overlay that the guest writes to.
+    pub overlay: PathBuf,
+    /// How it is attached.
+    pub bus: DiskBus,
+    /// Raw read-only drive with the agent's script; with it come the agent's three ports.
+    pub agent: Option<PathBuf>,
+    /// Raw read-only drive with `NoCloud` data.
+    pub seed: Option<PathBuf>,
+    /// What the guest can reach.
+    pub network: Network,
+}
+
+/// The guest network card's address; the agent's scripts know the card by it.
+pub const MAC: &str = "52:54:00:6b:69:6c";
+/// Names of the sockets that QEMU connects to: kiln listens on them before QEMU starts.
+pub const QMP_SOCKET: &str = "qmp";
+/// The agent's commands and answers.
+pub const CTL_SOCKET: &str = "ctl";
+/// Tar streams to the agent.
+pub const IN_SOCKET: &str = "in";
+/// Output of steps.
+pub const OUT_SOCKET: &str = "out";
+/// Frames that the guest sent.
+pub const FRAMES_FROM_GUEST: &str = "net-from";
+/// Frames that the filter lets pass.
+pub const FRAMES_TO_NETWORK: &str = "net-to";
+
+struct Arguments(Vec<OsString>);
+
+impl Arguments {
+    fn pair(&mut self, option: &str, value: impl Into<OsString>) {
+        self.0.push(option.into());
+        self.0.push(value.into());
+    }
+
+    /// As JSON, so that no file name needs escaping (in option strings a comma would).
+    fn json(&mut self, option: &str, value: &Value) {
+        self.pair(option, value.to_string());
+    }
+
+    fn socket(&mut self, name: &str) {
+        self.pair("-chardev", format!("socket,id={name},path={name}"));
+    }
+}
+
+impl Spec {
+    /// QEMU's arguments for this machine.
+    #[must_use]
+    pub fn arguments(&self) -> Vec<OsString> {
+        let mut arguments = Arguments(Vec::new());
+        self.machine(&mut arguments);
+        self.drives(&mut arguments);
+        self.ports(&mut arguments);
+        self.network(&mut arguments);
+        arguments.0
+    }
+
+    /// The sockets that this machine connects to.
+    #[must_use]
+    pub fn sockets(&self) -> Vec<&'static str> {
+        let mut names = vec![QMP_SOCKET];
+        if self.agent.is_some() {
+            names.extend([CTL_SOCKET, IN_SOCKET, OUT_SOCKET]);
+        }
+        if self.network == Network::Filtered {
+            names.extend([FRAMES_FROM_GUEST, FRAMES_TO_NETWORK]);
+        }
+        names
+    }
+
+    fn machine(&self, arguments: &mut Arguments) {
+        for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
+            arguments.0.push(flag.into());
+        }
+        // graphics=off makes SeaBIOS speak on the serial line: the only way to learn that a disk doesn't boot.
+        let mut machine = "q35,graphics=off".to_owned();
+        if let Boot::Uefi { .. } = self.boot {
+            machine.push_str(",pflash0=code,pflash1=variables");
+        }
+        arguments.pair("-machine", machine);
+        match self.accelerator {
+            Accelerator::Kvm => {
+                arguments.pair("-accel", "kvm");
+                arguments.pair("-cpu", "host");
+            }
+            Accelerator::Tcg => {
+                arguments.pair("-accel", "tcg,thread=multi");
+                // Distributions of the EL9 family need x86-64-v2, which QEMU's default processor lacks.
+                arguments.pair("-cpu", "max");
+            }
+        }
+        arguments.pair("-smp", self.cpus.to_string());
+        arguments.pair("-m", format!("{}M", self.memory.bytes() / MIB));
+        arguments.pair("-display", "none");
+        arguments.pair("-device", "virtio-rng-pci");
+        if let Boot::Direct { kernel, initrd, command_line } = &self.boot {
+            arguments.pair("-kernel", kernel);
+            if let Some(initrd) = initrd {
+                arguments.pair("-initrd", initrd);
+            }
+            arguments.pair("-append", command_line);
+        }
+        if self.seed.is_some() {
+            // cloud-init takes this as `ds=nocloud`, also where the disk is configured for another datasource.
+            arguments.pair("-smbios", "type=1,serial=ds=nocloud");
+        }
+    }
+
+    fn drives(&self, arguments: &mut Arguments) {
+        if let Boot::Uefi { code, variables } = &self.boot {
+            raw_drive(arguments, "code", code, true);
+            raw_drive(arguments, "variables", variables, false);
+        }
+        arguments.json(
+            "-blockdev",
+            &json!({
+                "driver": "qcow2", "node-name": "root", "discard": "unmap",
+                "file": { "driver": "file", "filename": self.overlay, "discard": "unmap" },
+                // The overlay is worth nothing if the host dies, so the host need not be told to sync.
+                "cache": { "no-flush": true },
+            }),
+        );
+        // In an overlay a discard and a guest's WRITE ZEROES look the same. Without the latter zeros are written as data,
+        // and what reads as a hole was discarded.
+        let device = match self.bus {
+            DiskBus::Virtio => "virtio-blk-pci,drive=root,serial=kiln-root,discard=on,write-zeroes=off",
+            DiskBus::Nvme => "nvme,drive=root,serial=kiln-root",
+        };
+        // With -kernel QEMU's own loader has this place.
+        let order = if matches!(self.boot, Boot::Direct { .. }) { "" } else { ",bootindex=0" };
+        arguments.pair("-device", format!("{device}{order}"));
+        for (name, file) in [("agent", &self.agent), ("seed", &self.seed)] {
+            if let Some(file) = file {
+                raw_drive(arguments, name, file, true);
+                arguments.pair("-device", format!("virtio-blk-pci,drive={name},serial=kiln-{name}"));
+            }
+        }
+    }
+
+    fn ports(&self, arguments: &mut Arguments) {
+        arguments.socket(QMP_SOCKET);
+        arguments.pair("-mon", format!("chardev={QMP_SOCKET},mode=control"));
+        arguments.pair("-chardev", "stdio,id=console,signal=off");
+        arguments.pair("-serial", "chardev:console");
+        if self.agent.is_some() {
+            arguments.pair("-device", "virtio-serial-pci");
+            for name in [CTL_SOCKET, IN_SOCKET, OUT_SOCKET] {
+                arguments.socket(name);
+                arguments.pair("-device", format!("virtserialport,chardev={name},name=kiln.{name}"));
+            }
+        }
+    }
+
+    fn network(&self, arguments: &mut Arguments) {
+        let backend = match &self.network {
+            Network::None => return,
+            Network::Filtered => "user,id=net,ipv6=off".to_owned(),
+            Network::Isolated { ssh } => {
+                let forward = ssh.map(|port| format!(",hostfwd=tcp:127.0.0.1:{port}-:22")).unwrap_or_default();
+                format!("user,id=net,ipv6=off,restrict=on{forward}")
+            }
+        };
+        arguments.pair("-netdev", backend);
+        arguments.pair("-device", format!("virtio-net-pci,netdev=net,mac={MAC},romfile="));
+        if self.network == Network::Filtered {
+            arguments.socket(FRAMES_FROM_GUEST);
+            arguments.socket(FRAMES_TO_NETWORK);
+            // `rx` is what the network end receives: the frames that the guest sends. On that queue filters work from
+            // the last to the first (netfilter_next in QEMU's net/filter.c), so the way in stands behind the way out.
+            let redirect = "filter-redirector,netdev=net,queue=rx";
+            arguments.pair("-object", format!("{redirect},id=to-network,indev={FRAMES_TO_NETWORK}"));
+            arguments.pair("-object", format!("{redirect},id=from-guest,outdev={FRAMES_FROM_GUEST}"));
+        }
+    }
+}
+
+fn raw_drive(arguments: &mut Arguments, name: &str, file: &Path, read_only: bool) {
+    arguments.json(
+        "-blockdev",
+        &json!({
+            "driver": "raw", "node-name": name, "read-only": read_only,
+            "file": { "driver": "file", "filename": file },
+        }),
+    );
+}

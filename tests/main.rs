@@ -1,0 +1,10 @@
+//! The integration tests: they drive the binary and look at what it says and leaves. One crate, so that it is linked once.
+
+#![expect(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
+mod cli;
+mod failures;
+mod real;
+mod signals;
+mod support;
+mod tidy;

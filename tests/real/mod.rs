@@ -1,0 +1,137 @@
+//! Real QEMU, real Debian disks. Under software emulation each boot takes half a minute or more, so these are few, and
+//! each looks at many things. They run one at a time (.config/nextest.toml).
+
+mod features;
+mod provisioners;
+mod published;
+mod suites;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+/// A folder for one test; the cache with the unpacked bases is shared.
+pub(super) struct Bench {
+    folder: tempfile::TempDir,
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// The suite's base image, made from Debian's packages if it isn't in the cache yet.
+pub(super) fn base(suite: &str) -> PathBuf {
+    let output =
+        Command::new(root().join("scripts/base-image")).args(["--suite", suite]).stderr(Stdio::inherit()).output();
+    let output = output.unwrap();
+    assert!(output.status.success(), "scripts/base-image --suite {suite} failed");
+    PathBuf::from(String::from_utf8(output.stdout).unwrap().trim())
+}
+
+impl Bench {
+    pub(super) fn new() -> Self {
+        // Gigabytes: not in a /tmp that may be memory.
+        let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        Self { folder }
+    }
+
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub(super) fn write(&self, name: &str, content: impl AsRef<[u8]>) {
+        let path = self.path(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, content).unwrap();
+    }
+
+    pub(super) fn kiln(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kiln"));
+        command.current_dir(self.folder.path());
+        command.env("KILN_CACHE_DIR", Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"));
+        command
+    }
+
+    /// Runs kiln to success and gives what it printed on stdout.
+    #[track_caller]
+    pub(super) fn ok(&self, arguments: &[&str]) -> String {
+        let output = self.kiln().args(arguments).output().unwrap();
+        assert!(output.status.success(), "kiln {arguments:?}: {}\n{}", output.status, said(&output));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Boots `out/NAME` by BIOS and UEFI from an emulated drive as EC2 has it, and runs its tests; the disk must not change.
+    #[track_caller]
+    pub(super) fn boots(&self, name: &str) -> Value {
+        let folder = format!("out/{name}");
+        let modified =
+            |bench: &Self| std::fs::metadata(bench.path(&format!("{folder}/disk.raw"))).unwrap().modified().unwrap();
+        let before = modified(self);
+        let outcomes: Value = serde_json::from_str(&self.ok(&["--format", "json", "test", &folder])).unwrap();
+        assert_eq!(modified(self), before);
+        let firmware: Vec<_> = outcomes.as_array().unwrap().iter().map(|outcome| outcome["firmware"].clone()).collect();
+        assert_eq!(firmware, ["bios", "uefi"]);
+        for outcome in outcomes.as_array().unwrap() {
+            assert_eq!(outcome["failed_units"], serde_json::json!([]), "{outcome}");
+        }
+        outcomes
+    }
+
+    pub(super) fn manifest(&self, name: &str) -> Value {
+        serde_json::from_slice(&std::fs::read(self.path(&format!("out/{name}/manifest.json"))).unwrap()).unwrap()
+    }
+
+    /// The root filesystem of a built disk, once e2fsck has found it clean.
+    #[track_caller]
+    pub(super) fn clean_root(&self, name: &str) -> Root {
+        let partitions = self.manifest(name)["partitions"]["partitions"].clone();
+        let root = partitions.as_array().unwrap().iter().find(|partition| partition["number"] == 1).unwrap().clone();
+        let file = self.path(&format!("{name}.ext4"));
+        run(Command::new("dd")
+            .arg(format!("if={}", self.path(&format!("out/{name}/disk.raw")).display()))
+            .arg(format!("of={}", file.display()))
+            .args(["bs=1M", "iflag=skip_bytes,count_bytes", "conv=sparse", "status=none"])
+            .args([format!("skip={}", root["start"]), format!("count={}", root["len"])]));
+        let check = run(Command::new("/sbin/e2fsck").arg("-fn").arg(&file));
+        assert!(!check.contains("WARNING"), "{check}");
+        Root(file)
+    }
+}
+
+/// An ext4 filesystem to look into without mounting it.
+pub(super) struct Root(PathBuf);
+
+impl Root {
+    fn debugfs(&self, request: &str) -> (String, String) {
+        let output = Command::new("/sbin/debugfs").args(["-R", request]).arg(&self.0).output().unwrap();
+        (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
+    pub(super) fn has(&self, path: &str) -> bool {
+        !self.debugfs(&format!("stat \"{path}\"")).1.contains("File not found")
+    }
+
+    pub(super) fn read(&self, path: &str) -> String {
+        assert!(self.has(path), "{path} is missing");
+        self.debugfs(&format!("cat \"{path}\"")).0
+    }
+
+    pub(super) fn names(&self, folder: &str) -> Vec<String> {
+        let (listing, _) = self.debugfs(&format!("ls -p \"{folder}\""));
+        let name = |line: &str| line.split('/').nth(5).map(str::to_owned);
+        let names = listing.lines().filter_map(name).filter(|name| !matches!(name.as_str(), "." | ".." | ""));
+        names.collect()
+    }
+}
+
+pub(super) fn said(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+#[track_caller]
+pub(super) fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{command:?}: {}\n{}", output.status, said(&output));
+    said(&output)
+}
