@@ -8,9 +8,13 @@ fail() { # STATUS MESSAGE [HELP]
     exit "$1"
 }
 
-missing=''
+# An ordinary user's PATH has no mke2fs.
+PATH=$PATH:/usr/sbin:/sbin
+
+wanted='' missing=''
 # want TEST PACKAGE: a Debian package that is missing if the test (a command's name, or a path) is.
 want() {
+    wanted="$wanted $1=$2"
     case $1 in
         /*) [ -e "$1" ] && return 0 ;;
         *) command -v "$1" >/dev/null && return 0 ;;
@@ -50,6 +54,21 @@ rust_is_new_enough() {
     [ "$(printf '%s\n%s\n' "$rust_wanted" "${found%%-*}" | sort -V | head -n 1)" = "$rust_wanted" ]
 }
 
+# What apt and dpkg say matters only if they fail.
+quietly() {
+    log=$(mktemp)
+    "$@" >"$log" 2>&1 || {
+        cat "$log" >&2
+        rm -f "$log"
+        fail 4 "\`$*\` failed"
+    }
+    rm -f "$log"
+}
+install_packages() {
+    # shellcheck disable=SC2086 # package names
+    quietly $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $missing
+}
+
 # install_missing YES: what `want` found, and Rust. Asks first unless YES is 1.
 install_missing() {
     rust=0
@@ -70,10 +89,20 @@ install_missing() {
     fi
     if [ -n "$missing" ]; then
         as_root=''
-        [ "$(id -u)" -eq 0 ] || as_root=sudo
-        $as_root apt-get update -qq
-        # shellcheck disable=SC2086 # package names
-        $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >&2
+        if [ "$(id -u)" -ne 0 ]; then
+            as_root=sudo
+            command -v sudo >/dev/null || fail 4 "installing takes root, and there is no sudo" "as root: apt-get install$missing"
+        fi
+        quietly $as_root apt-get update -qq
+        install_packages
+        # apt makes room for a package by removing others: where QEMU's tools came from another source than its
+        # emulator now does, they are gone, and have to come from there as well.
+        missing=''
+        for pair in $wanted; do want "${pair%%=*}" "${pair#*=}"; done
+        if [ -n "$missing" ]; then
+            say "replaced by apt's own version:$missing"
+            install_packages
+        fi
     fi
     if [ "$rust" -eq 1 ]; then
         command -v rustup >/dev/null || curl --proto '=https' --tlsv1.2 -fsS https://sh.rustup.rs | sh -s -- -y --profile minimal >&2
