@@ -120,20 +120,21 @@ END
 
 ctl=$(find_port kiln.ctl) && out=$(find_port kiln.out) && in=$(find_port kiln.in) || exit 1
 exec 3<>"$ctl" 4>"$out" 5<"$in"
-if [ "${1:-}" != again ]; then
-    echo -1000 >/proc/self/oom_score_adj
-    mkdir -p /run/kiln "$group"
-    mount -t tmpfs -o mode=0755,size=50% kiln /run/kiln
-    # Booted by the disk's own boot loader: the rest of the boot, cloud-init included, must be over before steps begin.
-    if [ "${1:-}" = firmware ] && command -v cloud-init >/dev/null; then
-        timeout 300 cloud-init status --wait >/dev/null
-    fi
-    # Package timers would take the package manager's lock away from steps. In /run: gone with this boot.
+echo -1000 >/proc/self/oom_score_adj
+mkdir -p /run/kiln "$group"
+mount -t tmpfs -o mode=0755,size=50% kiln /run/kiln
+# Booted by the disk's own boot loader: the rest of the boot, cloud-init included, must be over before steps begin.
+if [ -n "${1:-}" ] && command -v cloud-init >/dev/null; then
+    timeout 300 cloud-init status --wait >/dev/null
+fi
+# Package timers would take the package manager's lock away from steps. In /run: gone with this boot. An instance
+# is looked at as it is.
+if [ "${1:-}" != instance ]; then
     systemctl mask --runtime --now --quiet apt-daily.timer apt-daily-upgrade.timer dnf-makecache.timer \
         unattended-upgrades.service 2>/dev/null
-    read -r up _ </proc/uptime
-    answer ready 1 "$up"
 fi
+read -r up _ </proc/uptime
+answer ready 1 "$up"
 while read -r command nonce rest <&3; do
     # shellcheck disable=SC2086 # fields are split here on purpose; none has blanks but put's last
     case $command in

@@ -30,8 +30,8 @@ runcmd:
   - - sh
     - -c
     - >-
-      systemd-run --quiet --no-block --unit=kiln-agent /bin/sh /dev/disk/by-id/virtio-kiln-agent firmware
-      || (setsid nohup /bin/sh /dev/disk/by-id/virtio-kiln-agent firmware >/dev/null 2>&1 &)
+      systemd-run --quiet --no-block --unit=kiln-agent /bin/sh /dev/disk/by-id/virtio-kiln-agent instance
+      || (setsid nohup /bin/sh /dev/disk/by-id/virtio-kiln-agent instance >/dev/null 2>&1 &)
 ";
 
 /// Who may log in to a rehearsed instance.
