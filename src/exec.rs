@@ -226,14 +226,18 @@ pub fn tethered(program: &Path) -> Result<Command, Error> {
     Ok(command)
 }
 
-/// The file that running `program` would start: itself if it has a slash, else the first on PATH.
+/// The file that running `program` would start, as an absolute path: itself if it has a slash, else the first on PATH.
 #[must_use]
 pub fn find(program: &Path) -> Option<PathBuf> {
     let runnable = |path: &Path| path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok();
-    if program.components().count() > 1 {
-        return runnable(program).then(|| program.to_owned());
-    }
-    std::env::split_paths(&std::env::var_os("PATH")?).map(|folder| folder.join(program)).find(|path| runnable(path))
+    let found = if program.components().count() > 1 {
+        Some(program.to_owned()).filter(|path| runnable(path))
+    } else {
+        let path = std::env::var_os("PATH")?;
+        std::env::split_paths(&path).map(|folder| folder.join(program)).find(|path| runnable(path))
+    };
+    // Children may be started in another folder.
+    std::path::absolute(found?).ok()
 }
 
 /// If this process was started as a go-between, becomes the program it was started for and doesn't return, except
@@ -254,6 +258,15 @@ pub fn become_tethered() -> Option<ExitCode> {
     let error = Command::new(program).args(arguments).exec();
     let _ = writeln!(io::stderr().as_fd().try_clone_to_owned().map(File::from).ok()?, "{error}");
     Some(ExitCode::from(127))
+}
+
+/// The signals that this process was started to ignore (proc(5), `SigIgn`).
+#[must_use]
+pub fn ignored_signals() -> Vec<i32> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    (1..=64).filter(|signal| mask >> (signal - 1) & 1 == 1).collect()
 }
 
 #[cfg(test)]

@@ -43,7 +43,10 @@ fn main() -> ExitCode {
 
 /// The first signal asks the work to stop and clean up; the second ends kiln at once, and the kernel its children.
 fn listen(cancel: &Cancel) {
-    let Ok(mut signals) = Signals::new([SIGINT, SIGTERM, SIGHUP]) else { return };
+    // What was ignored when kiln was started stays ignored: `nohup kiln build` survives its terminal.
+    let ignored = exec::ignored_signals();
+    let heard = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| !ignored.contains(signal));
+    let Ok(mut signals) = Signals::new(heard) else { return };
     let cancel = cancel.clone();
     std::thread::spawn(move || {
         for signal in &mut signals {

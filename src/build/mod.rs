@@ -20,7 +20,7 @@ use crate::disk::{self, BLOCK, Image, Overlay, Table, Work};
 use crate::error::{Error, Exit};
 use crate::event::{Event, Events};
 use crate::plan::{BootPath, Facts, Plan};
-use crate::recipe::{self, Arch, Network, Recipe};
+use crate::recipe::{self, Arch, Recipe};
 use crate::store::{self, Imported, Scratch, Store};
 use crate::units::{MIB, Size, hex};
 use crate::vm::accelerator::{self, Kvm, Wanted};
@@ -31,7 +31,7 @@ use crate::{exec, vm};
 use manifest::{DISK, GuestFacts, Inputs, Manifest, Phase, PublishFacts, SCHEMA, StepFacts, TestFacts};
 use output::Pending;
 use session::Session;
-use steps::Ready;
+use steps::{Epoch, Ready};
 
 /// Room that a build takes beside the base's own data: the overlay's growth and the logs.
 const ROOM: u64 = 512 * MIB;
@@ -72,6 +72,9 @@ pub struct Artifact {
 /// The first thing that went wrong. QEMU has ended, nothing half-made is left; logs are in `OUT/NAME.failed`.
 pub fn build(request: &Request, store: &Store, events: &Events, cancel: &Cancel) -> Result<Artifact, Error> {
     let recipe = read_recipe(&request.recipe, &request.set)?;
+    for warning in &recipe.warnings {
+        events.emit(Event::Warning { message: warning.message.clone(), help: Some(warning.help.clone()) });
+    }
     let ready = Ready::check(&recipe)?;
     let host = Host::find(request.qemu.clone(), request.qemu_img.clone(), cancel)?;
     let accelerator = choose_accelerator(request.accelerator, &host, store, events, cancel)?;
@@ -172,7 +175,7 @@ fn import_base(
 ) -> Result<Imported, Error> {
     let base = &recipe.base;
     let path = match &base.image {
-        recipe::Image::Path(path) => path,
+        recipe::Image::Path(path) => &from_home(path),
         recipe::Image::Url(url) => {
             return Err(Error::new(Exit::Input, format!("kiln can't download `{url}` yet"))
                 .at(recipe.place(&base.span))
@@ -187,6 +190,14 @@ fn import_base(
         let place = recipe.place(digest.unwrap_or(&base.span));
         error.at(place)
     })
+}
+
+/// A path that begins with `~/` is in the user's home.
+fn from_home(path: &Path) -> PathBuf {
+    match (path.strip_prefix("~"), std::env::var_os("HOME")) {
+        (Ok(rest), Some(home)) => Path::new(&home).join(rest),
+        _ => path.to_owned(),
+    }
 }
 
 /// What is to be done, and the sectors that make the partition table right for the new size.
@@ -212,7 +223,9 @@ fn make_plan(recipe: &Recipe, base: &Imported) -> Result<(Plan, Growth), Error> 
     let plan = Plan::new(recipe, &facts)?;
     let size = plan.disk_size.bytes();
     let patches = match root {
-        _ if size == table.size => Vec::new(),
+        // Also a base that is as large already may have room behind its root: one that qemu-img resized.
+        Some(root) if size == table.size => table.grow(size, root.number).unwrap_or_default(),
+        None if size == table.size => Vec::new(),
         Some(root) => table.grow(size, root.number).map_err(|error| {
             let error = disk_failure(error);
             let span = recipe.disk.span.as_ref().unwrap_or(&recipe.base.span);
@@ -223,7 +236,7 @@ fn make_plan(recipe: &Recipe, base: &Imported) -> Result<(Plan, Growth), Error> 
                 .at(recipe.place(&recipe.base.span)));
         }
     };
-    Ok((plan, Growth { grows: size != table.size, patches }))
+    Ok((plan, Growth { grows: size != table.size || !patches.is_empty(), patches }))
 }
 
 /// How the base's partition table changes.
@@ -271,15 +284,21 @@ impl Job<'_> {
             session.own(&mut guest, "the larger root filesystem", session::GROW, &BTreeMap::new())?;
         }
         let mut done = Vec::new();
-        let epoch = self.request.source_date_epoch.unwrap_or_else(now);
+        let given = self.request.source_date_epoch;
+        let epoch = Epoch { seconds: given.unwrap_or_else(now), given: given.is_some() };
         for index in 0..session.recipe.steps.len() {
-            done.push(steps::run(&session, &mut guest, index, self.ready, pending, epoch)?);
+            let step = steps::run(&session, &mut guest, index, self.ready, pending, epoch);
+            done.push(step.inspect_err(|error| {
+                if self.request.keep_on_error && error.exit == Exit::Step {
+                    // What the step wrote is still in the guest's memory. If it can't be had, its disk is as it is.
+                    let _ = session.own(&mut guest, "the guest's last writes", "sync", &BTreeMap::new());
+                }
+            })?);
             if session.recipe.steps[index].reboot {
                 guest = Self::reboot(&mut session, guest)?;
             }
         }
-        let packages = session.own(&mut guest, "the list of packages", session::PACKAGES, &BTreeMap::new())?;
-        events.phase("seal", "sealing the disk", |()| String::new(), || seal(&session, guest))?;
+        let packages = events.phase("seal", "sealing the disk", |_| String::new(), || seal(&session, guest))?;
         let exported = Self::export(&session, pending)?;
         let manifest = self.manifest(&session, &exported, done, &packages)?;
         manifest.write(&pending.path())?;
@@ -300,7 +319,7 @@ impl Job<'_> {
             "shutting the guest down for a reboot",
             |()| String::new(),
             || {
-                session.own(&mut guest, "the network's end", session::NETWORK_DOWN, &BTreeMap::new())?;
+                session.network_down(&mut guest)?;
                 guest.halt(Duration::from_secs(180)).map_err(guest_failure)
             },
         )?;
@@ -396,13 +415,14 @@ struct Export {
     modes: disk::BootModes,
 }
 
-/// Takes away what the build left and what instances must not share, then stops the guest with its disk clean.
-fn seal(session: &Session<'_>, mut guest: Guest) -> Result<(), Error> {
+/// Takes away what the build left and what instances must not share, then stops the guest with its disk clean. The
+/// packages that are installed, one a line.
+fn seal(session: &Session<'_>, mut guest: Guest) -> Result<Vec<u8>, Error> {
     let seal = &session.recipe.seal;
     session.own(&mut guest, "the guest's end", session::SETTLE, &BTreeMap::new())?;
-    if session.recipe.machine.network != Network::None {
-        session.own(&mut guest, "the network's end", session::NETWORK_DOWN, &BTreeMap::new())?;
-    }
+    // Now that nothing of the steps' runs any more that could print into the list.
+    let packages = session.own(&mut guest, "the list of packages", session::PACKAGES, &BTreeMap::new())?;
+    session.network_down(&mut guest)?;
     if seal.enabled {
         let keep: Vec<_> = seal.keep.iter().map(|keep| keep.as_str()).collect();
         let env = BTreeMap::from([("KILN_KEEP".to_owned(), keep.join(" "))]);
@@ -412,7 +432,8 @@ fn seal(session: &Session<'_>, mut guest: Guest) -> Result<(), Error> {
         vm::Error::Refused(why) => Error::new(Exit::Step, format!("the guest's disk can't be unmounted: {why}"))
             .help("end what uses it in the last step"),
         error => guest_failure(error),
-    })
+    })?;
+    Ok(packages)
 }
 
 fn now() -> u64 {
@@ -427,7 +448,7 @@ struct Recorder {
 
 impl Recorder {
     fn begin(events: &Events, pending: &Pending) -> Result<Self, Error> {
-        let path = pending.path().join("build.log");
+        let path = pending.path().join(output::BUILD_LOG);
         let file = fs_err::File::create(&path).map_err(|error| Error::io("cannot write the build's log", &error))?;
         let (file, started, outer) = (Mutex::new(file), Instant::now(), events.clone());
         let phases = Arc::new(Mutex::new(Vec::new()));
@@ -461,10 +482,15 @@ pub(crate) fn disk_failure(error: disk::Error) -> Error {
         | disk::Error::Create { .. }
         | disk::Error::Write { .. }
         | disk::Error::Open { .. }
-        | disk::Error::Read { .. } => Exit::Host,
+        | disk::Error::Read { .. }
+        | disk::Error::BlockMapIo(_) => Exit::Host,
         _ => Exit::Input,
     };
-    let full = matches!(error, disk::Error::NoSpace { .. });
+    let full = match &error {
+        disk::Error::NoSpace { .. } => true,
+        disk::Error::BlockMapIo(error) => error.kind() == std::io::ErrorKind::StorageFull,
+        _ => false,
+    };
     let failure = Error::new(exit, format!("{error}{cause}"));
     if full { failure.help("free some space, or choose another place with --out or --cache-dir") } else { failure }
 }
@@ -484,6 +510,7 @@ pub(crate) fn guest_failure(error: vm::Error) -> Error {
         vm::Error::Died { how, .. } if how.contains("signal 9") => {
             failure.help("was it the host's out-of-memory killer? see dmesg; a smaller [machine] memory may help")
         }
+        vm::Error::Died { .. } => failure.help("build again; if it ends the same way, try --accel tcg or another QEMU"),
         _ => failure,
     }
 }
@@ -493,16 +520,17 @@ fn keep_failure(mut error: Error, request: &Request, pending: Pending, scratch: 
     if let Exit::Signal(_) = error.exit {
         return error;
     }
-    let overlay = scratch.path().join("overlay.qcow2");
+    let overlay = scratch.path().join(output::OVERLAY);
     let keep = request.keep_on_error && overlay.is_file();
-    let (build_log, console_log) = (pending.after_failure("build.log"), pending.after_failure("console.log"));
+    let (build_log, console_log) = (pending.after_failure(output::BUILD_LOG), pending.after_failure("console.log"));
     match pending.fail(keep.then_some(overlay.as_path())) {
         Ok(folder) => {
             if error.log.is_none() {
-                error.log = Some(if console_log.is_file() { console_log } else { build_log });
+                let console = std::fs::metadata(&console_log).is_ok_and(|console| console.len() > 0);
+                error.log = Some(if console { console_log } else { build_log });
             }
             if keep {
-                let overlay = folder.join("overlay.qcow2");
+                let overlay = folder.join(output::OVERLAY);
                 error.notes.push(format!("the guest's disk is kept: {}", overlay.display()));
                 error.notes.push(format!("look into it: qemu-img convert -O raw {} disk.raw", overlay.display()));
             }

@@ -3,8 +3,18 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::error::Error;
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+use super::manifest;
+use crate::error::{Error, Exit};
 use crate::store::{self, Scratch};
+
+/// The build's log in the output folder.
+pub(super) const BUILD_LOG: &str = "build.log";
+/// A failed guest's disk among its logs.
+pub(super) const OVERLAY: &str = "overlay.qcow2";
+/// What was published from the output folder.
+const PUBLISHED: &str = "published.json";
 
 /// An output folder in the making. Dropped before [`Pending::commit`], nothing of it stays.
 pub(super) struct Pending {
@@ -15,10 +25,12 @@ pub(super) struct Pending {
 }
 
 impl Pending {
-    /// Begins `parent/name`.
+    /// Begins `parent/name`. What is there under that name must be an earlier build's: it will be replaced.
     pub(super) fn begin(parent: &Path, name: &str) -> Result<Self, Error> {
         let fail = |error: io::Error| Error::io(format!("cannot write to `{}`", parent.display()), &error);
         std::fs::create_dir_all(parent).map_err(fail)?;
+        refuse_foreign(&parent.join(name), manifest::FILE)?;
+        refuse_foreign(&parent.join(format!("{name}.failed")), BUILD_LOG)?;
         let prefix = format!(".{name}.kiln-");
         store::sweep(parent, &prefix);
         let scratch = store::locked_folder(parent, &prefix).map_err(fail)?;
@@ -44,15 +56,12 @@ impl Pending {
         for file in std::fs::read_dir(self.path()).map_err(fail)?.flatten() {
             std::fs::File::open(file.path()).and_then(|file| file.sync_all()).map_err(fail)?;
         }
-        let old = self.scratch.path().join("old");
-        match std::fs::rename(&self.folder, &old) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fail(error)),
-            _ => {}
+        // What was published from here before stays known: its entries name the disk's digest.
+        let published = self.folder.join(PUBLISHED);
+        if published.is_file() {
+            std::fs::copy(&published, self.path().join(PUBLISHED)).map_err(fail)?;
         }
-        if let Err(error) = std::fs::rename(self.path(), &self.folder) {
-            let _ = std::fs::rename(&old, &self.folder);
-            return Err(fail(error));
-        }
+        replace(&self.path(), &self.folder).map_err(fail)?;
         let _ = std::fs::File::open(&self.parent).and_then(|parent| parent.sync_all());
         let _ = std::fs::remove_dir_all(&self.failed);
         Ok(self.folder.clone())
@@ -66,16 +75,41 @@ impl Pending {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
+        fs_err::rename(&new, &self.failed)?;
         if let Some(overlay) = overlay {
-            let kept = new.join("overlay.qcow2");
+            let kept = self.failed.join(OVERLAY);
             // Another filesystem than the cache's can only be copied to.
             if std::fs::rename(overlay, &kept).is_err() {
-                fs_err::copy(overlay, &kept)?;
+                fs_err::copy(overlay, &kept).inspect_err(|_| drop(std::fs::remove_file(&kept)))?;
             }
         }
-        fs_err::rename(&new, &self.failed)?;
         Ok(self.failed.clone())
     }
+}
+
+/// A folder of the user's own must not be taken for a build's output.
+fn refuse_foreign(folder: &Path, mark: &str) -> Result<(), Error> {
+    let ours = folder.join(mark).is_file();
+    let empty = std::fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none());
+    if ours || empty || std::fs::symlink_metadata(folder).is_err() {
+        return Ok(());
+    }
+    let message = format!("`{}` is in the way: no build made it (it has no {mark})", folder.display());
+    Err(Error::new(Exit::Input, message).help("choose another place with --out, or move it away"))
+}
+
+/// Gives `new` the name of `folder`, in one step where there is a folder already: at no moment is there none.
+fn replace(new: &Path, folder: &Path) -> io::Result<()> {
+    match renameat_with(CWD, new, CWD, folder, RenameFlags::EXCHANGE) {
+        Ok(()) => return Ok(()),
+        Err(rustix::io::Errno::NOENT) => return std::fs::rename(new, folder),
+        // A filesystem that can't exchange, such as some network ones.
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::OPNOTSUPP) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let old = new.with_extension("old");
+    std::fs::rename(folder, &old)?;
+    std::fs::rename(new, folder).inspect_err(|_| drop(std::fs::rename(&old, folder)))
 }
 
 #[cfg(test)]
@@ -89,19 +123,41 @@ mod tests {
         assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 0);
 
         for text in ["first", "second"] {
-            let pending = Pending::begin(parent.path(), "web").unwrap();
-            std::fs::write(pending.path().join("build.log"), text).unwrap();
-            pending.commit().unwrap();
-            assert_eq!(std::fs::read_to_string(parent.path().join("web/build.log")).unwrap(), text);
+            finished(parent.path(), text).commit().unwrap();
+            assert_eq!(std::fs::read_to_string(parent.path().join("web/manifest.json")).unwrap(), text);
+            std::fs::write(parent.path().join("web/published.json"), "[]").unwrap();
         }
+        finished(parent.path(), "third").commit().unwrap();
+        assert!(parent.path().join("web/published.json").is_file(), "what was published stays known");
         assert_eq!(std::fs::read_dir(parent.path()).unwrap().count(), 1);
+    }
+
+    fn finished(parent: &Path, text: &str) -> Pending {
+        let pending = Pending::begin(parent, "web").unwrap();
+        std::fs::write(pending.path().join("manifest.json"), text).unwrap();
+        pending
+    }
+
+    #[test]
+    fn what_no_build_made_is_left_alone() {
+        for name in ["web", "web.failed"] {
+            let parent = tempfile::tempdir().unwrap();
+            let folder = parent.path().join(name);
+            std::fs::create_dir(&folder).unwrap();
+            drop(Pending::begin(parent.path(), "web").unwrap());
+            std::fs::write(folder.join("index.html"), "mine").unwrap();
+            let error = Pending::begin(parent.path(), "web").err().unwrap();
+            assert!(error.message.contains("no build made it"), "{error}");
+            assert!(folder.join("index.html").is_file());
+        }
     }
 
     #[test]
     fn a_failure_keeps_logs_and_leaves_the_last_good_folder() {
         let parent = tempfile::tempdir().unwrap();
-        Pending::begin(parent.path(), "web").unwrap().commit().unwrap();
+        finished(parent.path(), "good").commit().unwrap();
         let pending = Pending::begin(parent.path(), "web").unwrap();
+        std::fs::write(pending.path().join("build.log"), "words").unwrap();
         std::fs::write(pending.path().join("disk.raw"), "half").unwrap();
         std::fs::write(pending.path().join("console.log"), "words").unwrap();
         let failed = pending.fail(None).unwrap();

@@ -128,7 +128,15 @@ impl Session<'_> {
         uefi(self.host, self.scratch)
     }
 
-    /// Runs one of kiln's own scripts in the guest; its output goes to the build's log only.
+    /// Takes the guest's network away, and what it left on the disk.
+    pub(super) fn network_down(&self, guest: &mut Guest) -> Result<(), Error> {
+        if self.recipe.machine.network != Network::None {
+            self.own(guest, "the network's end", NETWORK_DOWN, &network_environment())?;
+        }
+        Ok(())
+    }
+
+    /// Runs one of kiln's own scripts in the guest; its output goes to the build's log only if it fails.
     pub(super) fn own(
         &self,
         guest: &mut Guest,
@@ -141,9 +149,8 @@ impl Session<'_> {
         let script = Script { text: text.as_bytes(), env, files: &[], texts: &[] };
         let archive =
             script.archive(self.scratch).map_err(|error| Error::io("cannot write the guest's drives", &error))?;
-        let limit = OWN_LIMIT.min(self.recipe.machine.timeout);
         let started = Instant::now();
-        let ended = guest.run(what, archive, false, sink, limit).map_err(guest_failure)?;
+        let ended = guest.run(what, archive, false, sink, OWN_LIMIT).map_err(guest_failure)?;
         self.events.detail(format!("{what}: {}", show_duration(started.elapsed())));
         let output = std::mem::take(&mut *output.lock().unwrap_or_else(PoisonError::into_inner));
         let Ended { status, .. } = ended;
@@ -151,6 +158,9 @@ impl Session<'_> {
             return Ok(output);
         }
         let words = String::from_utf8_lossy(&output);
+        for line in words.lines() {
+            self.events.detail(format!("{what}: {}", line.escape_debug()));
+        }
         let last = words.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
         let last = last.trim_start_matches("kiln: ");
         Err(Error::new(Exit::Input, format!("{what} could not be set up (status {status}): {last}")))

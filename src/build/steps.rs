@@ -66,6 +66,15 @@ fn extra_files(recipe: &Recipe, step: &Step) -> Vec<(PathBuf, PathBuf)> {
     files.iter().map(|file| (file.clone(), recipe.dir().join(folder).join(file))).collect()
 }
 
+/// The time that steps are told as `SOURCE_DATE_EPOCH`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Epoch {
+    /// Seconds since 1970.
+    pub(super) seconds: u64,
+    /// The user gave it, so that copied files are not newer; otherwise it is when the build began.
+    pub(super) given: bool,
+}
+
 /// Runs step `index` (from 0).
 pub(super) fn run(
     session: &Session<'_>,
@@ -73,7 +82,7 @@ pub(super) fn run(
     index: usize,
     ready: &Ready,
     pending: &Pending,
-    epoch: u64,
+    epoch: Epoch,
 ) -> Result<StepFacts, Error> {
     let recipe = session.recipe;
     let step = &recipe.steps[index];
@@ -94,7 +103,7 @@ pub(super) fn run(
     let result = match (&step.action, &ready.scripts[index]) {
         (Action::Copy { from, to, contents, owner, mode }, _) => {
             let owner = split_owner(owner.as_deref());
-            let latest = std::env::var_os("SOURCE_DATE_EPOCH").map(|_| epoch);
+            let latest = epoch.given.then_some(epoch.seconds);
             let from = recipe.dir().join(from);
             let copy = Copy { from: &from, to, contents: *contents, owner: &owner, mode: *mode, latest };
             let (archive, folder) = copy.archive(session.scratch).map_err(cannot_send)?;
@@ -159,7 +168,7 @@ fn hash(script: &[u8], env: &BTreeMap<String, String>) -> String {
     units::hex(&hasher.finalize())
 }
 
-fn environment(recipe: &Recipe, step: &Step, epoch: u64) -> BTreeMap<String, String> {
+fn environment(recipe: &Recipe, step: &Step, epoch: Epoch) -> BTreeMap<String, String> {
     let mut env = recipe.env.clone();
     env.extend(step.env.clone());
     if let Action::Uses { inputs, .. } = &step.action {
@@ -168,7 +177,7 @@ fn environment(recipe: &Recipe, step: &Step, epoch: u64) -> BTreeMap<String, Str
     env.insert("KILN_NAME".to_owned(), recipe.name.clone());
     env.insert("KILN_STEP".to_owned(), step.name.clone());
     env.insert("KILN_ARCH".to_owned(), recipe.base.arch.as_str().to_owned());
-    env.entry("SOURCE_DATE_EPOCH".to_owned()).or_insert_with(|| epoch.to_string());
+    env.entry("SOURCE_DATE_EPOCH".to_owned()).or_insert_with(|| epoch.seconds.to_string());
     env
 }
 

@@ -340,8 +340,6 @@ words! {
         HostKeys = "host-keys",
         /// `/etc/machine-id`.
         MachineId = "machine-id",
-        /// `authorized_keys` that the build put there.
-        AuthorizedKeys = "authorized-keys",
         /// Shell histories.
         ShellHistory = "shell-history",
         /// Package lists and downloaded packages.

@@ -175,6 +175,9 @@ fn to(fields: &Fields<'_>, found: Found<String>) -> Option<String> {
         };
         fields.reader.refuse(&found.origin, "`to` wants an absolute path in the guest", Some(help));
         None
+    } else if found.value.chars().any(char::is_control) {
+        fields.reader.refuse(&found.origin, "`to` can't contain control characters", None);
+        None
     } else if parents {
         fields.reader.refuse(&found.origin, "`to` can't contain `..`", None);
         None

@@ -125,6 +125,9 @@ impl Store {
         let mut permissions = disk.metadata().map_err(io_failed)?.permissions();
         permissions.set_readonly(true);
         disk.set_permissions(permissions).map_err(io_failed)?;
+        if folder.exists() && !(folder.join("disk.raw").is_file() && folder.join("format").is_file()) {
+            fs_err::remove_dir_all(folder).map_err(io_failed)?;
+        }
         match fs_err::rename(&fresh, folder) {
             Err(error) if !folder.join("format").is_file() => Err(io_failed(error)),
             // Another kiln was quicker with the same bytes.
@@ -202,7 +205,13 @@ fn gunzip(image: &Path, to: &Path, cancel: &Cancel) -> Result<bool, Error> {
     }
     let mut unpacked = flate2::read::MultiGzDecoder::new(File::open(image).map_err(failed)?);
     let mut out = File::create(to).map_err(failed)?;
-    copy(&mut unpacked, cancel, |bytes| io::Write::write_all(&mut out, bytes)).map_err(failed)?;
+    copy(&mut unpacked, cancel, |bytes| io::Write::write_all(&mut out, bytes)).map_err(|error| match error.kind() {
+        io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof => {
+            Error::new(Exit::Input, format!("the base image `{}` is damaged: {error}", image.display()))
+                .help("download it again and compare its digest with the publisher's")
+        }
+        _ => failed(error),
+    })?;
     cancel.check()?;
     Ok(true)
 }

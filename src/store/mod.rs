@@ -85,8 +85,11 @@ impl Store {
 /// Makes a folder with a lock in it that is held for as long as the returned value lives.
 pub(crate) fn locked_folder(parent: &Path, prefix: &str) -> io::Result<Scratch> {
     let folder = tempfile::Builder::new().prefix(prefix).tempdir_in(parent)?;
-    let lock = File::create(folder.path().join(LOCK))?;
+    // Locked before it has its name: whoever sees a lock that nobody holds may remove the folder.
+    let fresh = folder.path().join("lock.new");
+    let lock = File::create(&fresh)?;
     rustix::fs::flock(&lock, FlockOperation::LockExclusive)?;
+    std::fs::rename(fresh, folder.path().join(LOCK))?;
     Ok(Scratch { folder, _lock: lock })
 }
 

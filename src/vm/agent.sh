@@ -60,8 +60,9 @@ run() { # NONCE BYTES sh|exec
     if [ "$2" -le 33554432 ]; then work=$(mktemp -d /run/kiln/work.XXXXXX); else work=$(mktemp -d /var/tmp/kiln.XXXXXX); fi
     chmod 755 "$work"
     if ! receive "$2" | tar -x -p -f - -C "$work"; then
+        left=$(df -Pk "$work" | { read -r _ && read -r _ _ _ left _ && echo "$left"; })
         rm -rf "$work"
-        answer fail "$1" "the step's files could not be unpacked in the guest"
+        answer fail "$1" "the step's files could not be unpacked in the guest, where $((left / 1024)) MiB were free"
         return
     fi
     [ "$3" = sh ] && set -- "$1" "$2" sh -eu
@@ -101,6 +102,10 @@ put() { # NONCE BYTES USER GROUP DIR/
 }
 
 freeze() { # NONCE
+    # This shell may run on a libc that a step replaced. The old one's file would stay on the disk without a name, and
+    # a check of the filesystem would find it.
+    if [ "${2:-}" != fresh ] && grep -q '(deleted)' "/proc/$$/maps"; then exec /bin/sh "$0" freeze "$1"; fi
+    swapoff -a 2>/dev/null
     sync
     while read -r device place kind _; do
         case $device in /dev/*) ;; *) continue ;; esac
@@ -112,12 +117,18 @@ $(sort -r /proc/mounts)
 END
     fstrim / || echo "kiln: fstrim / failed" >&2
     sync
-    fsfreeze -f / || { answer fail "$1" "the root filesystem could not be frozen"; return; }
+    # Read-only is as clean as unmounted; what is still open for writing allows only a freeze, whose log is replayed at
+    # the next mount.
+    mount -o remount,ro / || fsfreeze -f / || { answer fail "$1" "the root filesystem could not be frozen"; return; }
     # Builtins only from here: anything that reads a file could wait for the frozen filesystem for ever.
     echo "done $1 0 0" >&3
     read -r _ <&3
 }
 
+if [ "${1:-}" = freeze ]; then
+    freeze "$2" fresh
+    exit 0
+fi
 ctl=$(find_port kiln.ctl) && out=$(find_port kiln.out) && in=$(find_port kiln.in) || exit 1
 exec 3<>"$ctl" 4>"$out" 5<"$in"
 echo -1000 >/proc/self/oom_score_adj

@@ -6,6 +6,7 @@
 //! who is root there. So every frame the guest sends passes through here, and those to the host's loopback end here.
 
 use std::io::{self, Read, Write};
+use std::sync::mpsc::sync_channel;
 
 /// The guest's own address, with its prefix.
 pub const GUEST: &str = "10.0.2.15/24";
@@ -17,27 +18,46 @@ pub const NAME_SERVER: [u8; 4] = [10, 0, 2, 3];
 /// Frames longer than this don't exist on this link; a longer one means that the stream is not what it should be.
 const LONGEST: usize = 65_600;
 
+/// How many frames wait at most for QEMU to take them back. More are dropped, as on any crowded link.
+const QUEUE: usize = 1024;
+
 /// Passes frames on until the stream ends. A frame is its length (32 bits, big endian) and its bytes: the format of
 /// QEMU's `filter-redirector` (net/filter-mirror.c).
 ///
+/// QEMU writes frames out and reads them back in one and the same loop, and waits where a socket is full. So reading
+/// must never wait for writing here, or both would wait for each other.
+///
 /// # Errors
 /// When a stream breaks in the middle of a frame or isn't one.
-pub fn pass(mut from: impl Read, mut to: impl Write) -> io::Result<()> {
-    let mut frame = vec![0; 4 + LONGEST];
-    loop {
-        match from.read_exact(&mut frame[..4]) {
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
-            other => other?,
+pub fn pass(mut from: impl Read, mut to: impl Write + Send) -> io::Result<()> {
+    let (sender, frames) = sync_channel::<Vec<u8>>(QUEUE);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            for frame in frames {
+                if to.write_all(&frame).is_err() {
+                    return;
+                }
+            }
+        });
+        let sender = sender;
+        loop {
+            let mut length = [0; 4];
+            match from.read_exact(&mut length) {
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
+                other => other?,
+            }
+            let bytes = u32::from_be_bytes(length) as usize;
+            if bytes > LONGEST {
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+            let mut frame = vec![0; 4 + bytes];
+            frame[..4].copy_from_slice(&length);
+            from.read_exact(&mut frame[4..])?;
+            if allowed(&frame[4..]) {
+                let _ = sender.try_send(frame);
+            }
         }
-        let length = u32::from_be_bytes([frame[0], frame[1], frame[2], frame[3]]) as usize;
-        if length > LONGEST {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-        from.read_exact(&mut frame[4..4 + length])?;
-        if allowed(&frame[4..4 + length]) {
-            to.write_all(&frame[..4 + length])?;
-        }
-    }
+    })
 }
 
 /// Whether an Ethernet frame of the guest may leave it.
@@ -120,5 +140,25 @@ mod tests {
         pass(&[&good[..], &bad, &good].concat()[..], &mut out).unwrap();
         assert_eq!(out, [&good[..], &good].concat());
         assert!(pass(&[0xff; 8][..], io::sink()).is_err());
+    }
+
+    /// A network end that takes nothing must not keep the guest's end from being read.
+    #[test]
+    fn reading_never_waits_for_writing() {
+        let (mut guest, from) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (to, mut network) = std::os::unix::net::UnixStream::pair().unwrap();
+        let passing = std::thread::spawn(move || pass(from, to));
+        let mut packet = packet([93, 184, 216, 34], 6, 443);
+        packet.resize(1500, 0);
+        let frame = [&u32::try_from(packet.len()).unwrap().to_be_bytes()[..], &packet].concat();
+        // Far more than both sockets and the queue hold.
+        for _ in 0..10 * QUEUE {
+            guest.write_all(&frame).unwrap();
+        }
+        drop(guest);
+        let mut arrived = Vec::new();
+        network.read_to_end(&mut arrived).unwrap();
+        passing.join().unwrap().unwrap();
+        assert!(arrived.len() >= QUEUE * frame.len() && arrived.len().is_multiple_of(frame.len()));
     }
 }

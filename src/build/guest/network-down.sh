@@ -1,7 +1,6 @@
 # Puts back the resolver's file that was there before network-up.sh, unless a step made one of its own meanwhile.
 saved=/run/kiln/resolv.conf
-[ -d "$saved" ] || exit 0
-if [ ! -L /etc/resolv.conf ] && cmp -s /etc/resolv.conf "$saved/ours"; then
+if [ -d "$saved" ] && [ ! -L /etc/resolv.conf ] && cmp -s /etc/resolv.conf "$saved/ours"; then
     rm -f /etc/resolv.conf
     if [ -e "$saved/link" ]; then
         ln -s "$(cat "$saved/link")" /etc/resolv.conf
@@ -10,3 +9,7 @@ if [ ! -L /etc/resolv.conf ] && cmp -s /etc/resolv.conf "$saved/ours"; then
     fi
 fi
 rm -rf "$saved"
+# The guest's own network service, where it runs, may have asked for this address as well and kept it.
+if [ -f /etc/resolv.conf ] && [ ! -L /etc/resolv.conf ] && grep -q "^nameserver $KILN_NAME_SERVER" /etc/resolv.conf; then
+    rm -f /etc/resolv.conf
+fi

@@ -270,7 +270,7 @@ const VARIABLES_AND_SEALS: &[(&str, &str, &str)] = &[
     (
         "keep = [\"logs\"]",
         "keep = [\"x\"]",
-        "39:9 `\"x\"`: nothing that the seal removes is called `x`; use one of `logs`, `host-keys`, `machine-id`, `authorized-keys`, `shell-history`, `package-cache`, `leases`, `tmp`",
+        "39:9 `\"x\"`: nothing that the seal removes is called `x`; use one of `logs`, `host-keys`, `machine-id`, `shell-history`, `package-cache`, `leases`, `tmp`",
     ),
 ];
 
