@@ -49,11 +49,28 @@ fn steps_get_their_environment_and_files() {
 #[test]
 fn a_good_build_replaces_the_old_output_whole() {
     let bench = bench();
+    bench.earlier_output();
     bench.write("out/web/left-over", "old");
+    bench.write("out/web/published.json", "[]");
     bench.write("out/web.failed/build.log", "old");
     bench.build(&json!({})).run().succeeded();
     bench.assert_tidy(&["web"]);
     assert!(!bench.path("out/web/left-over").exists());
+    assert_eq!(bench.read("out/web/published.json"), "[]", "what was published before stays known");
+}
+
+#[test]
+fn a_folder_that_no_build_made_is_not_replaced() {
+    let bench = bench();
+    bench.write("web/index.html", "mine");
+    let said = bench.build(&json!({})).arg("--out").arg(".").run().failed(3);
+    insta::assert_snapshot!(said, @r#"
+    error: `./web` is in the way: no build made it (it has no manifest.json)
+     |
+    help: choose another place with --out, or move it away
+    "#);
+    assert_eq!(bench.read("web/index.html"), "mine");
+    bench.assert_no_qemu();
 }
 
 #[test]

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use tar::{Builder, EntryType, Header};
 
+use super::inputs::names;
+use crate::cancel::Cancel;
 use crate::vm::guest::{Archive, Owner};
 
 type Tar<'a> = Builder<&'a mut File>;
@@ -54,6 +56,8 @@ struct Look<'a> {
     mode: Option<u32>,
     /// Times after this are set to it, in seconds since 1970.
     latest: Option<u64>,
+    /// Who may stop it.
+    cancel: Option<&'a Cancel>,
 }
 
 /// A copy: what, where to, and how it shall look there.
@@ -70,6 +74,8 @@ pub(super) struct Copy<'a> {
     pub(super) mode: Option<u32>,
     /// Times after this are set to it.
     pub(super) latest: Option<u64>,
+    /// Who may stop it.
+    pub(super) cancel: &'a Cancel,
 }
 
 impl Copy<'_> {
@@ -87,7 +93,7 @@ impl Copy<'_> {
             let (folder, name) = self.to.rsplit_once('/').unwrap_or(("", self.to));
             (format!("{folder}/"), PathBuf::from(name))
         };
-        let look = Look { owner: Some(self.owner), mode: self.mode, latest: self.latest };
+        let look = Look { owner: Some(self.owner), mode: self.mode, latest: self.latest, cancel: Some(self.cancel) };
         let archive = Archive::build(scratch, |tar| {
             if name.as_os_str().is_empty() {
                 append_entries(tar, self.from, &name, &look)
@@ -130,17 +136,37 @@ fn append_tree(tar: &mut Tar<'_>, path: &Path, name: &Path, look: &Look<'_>) -> 
         append_entries(tar, path, name, look)
     } else if kind.is_file() {
         header.set_size(metadata.len());
-        let file = fs_err::File::open(path)?;
-        tar.append_data(&mut header, name, io::Read::take(file, metadata.len()))
+        let mut file = Whole { file: fs_err::File::open(path)?, left: metadata.len(), cancel: look.cancel };
+        tar.append_data(&mut header, name, &mut file)
     } else {
         Err(io::Error::other(format!("`{}` is neither a file, a folder nor a link", path.display())))
     }
 }
 
 fn append_entries(tar: &mut Tar<'_>, folder: &Path, name: &Path, look: &Look<'_>) -> io::Result<()> {
-    let mut names = fs_err::read_dir(folder)?.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()?;
-    names.sort();
-    names.iter().try_for_each(|entry| append_tree(tar, &folder.join(entry), &name.join(entry), look))
+    names(folder)?.iter().try_for_each(|entry| append_tree(tar, &folder.join(entry), &name.join(entry), look))
+}
+
+/// A file of the length that its header has announced, whatever happens to it meanwhile.
+struct Whole<'a> {
+    file: fs_err::File,
+    left: u64,
+    cancel: Option<&'a Cancel>,
+}
+
+impl io::Read for Whole<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if let Some(cancel) = self.cancel {
+            cancel.check().map_err(io::Error::other)?;
+        }
+        let room = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        let read = self.file.read(&mut buffer[..room])?;
+        if read == 0 && room > 0 {
+            return Err(io::Error::other(format!("`{}` was cut short meanwhile", self.file.path().display())));
+        }
+        self.left -= read as u64;
+        Ok(read)
+    }
 }
 
 fn header(metadata: &Metadata, look: &Look<'_>) -> io::Result<Header> {

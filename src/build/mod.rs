@@ -1,6 +1,7 @@
 //! A recipe becomes an output folder. [`build`] is the story, top to bottom.
 
 mod archive;
+mod inputs;
 mod log;
 pub mod manifest;
 mod output;
@@ -28,10 +29,11 @@ use crate::vm::guest::Guest;
 use crate::vm::host::Host;
 use crate::vm::spec::Accelerator;
 use crate::{exec, vm};
-use manifest::{DISK, GuestFacts, Inputs, Manifest, Phase, PublishFacts, SCHEMA, StepFacts, TestFacts};
+use inputs::Inputs;
+use manifest::{DISK, GuestFacts, Manifest, Phase, PublishFacts, SCHEMA, StepFacts, TestFacts};
 use output::Pending;
 use session::Session;
-use steps::{Epoch, Ready};
+use steps::Epoch;
 
 /// Room that a build takes beside the base's own data: the overlay's growth and the logs.
 const ROOM: u64 = 512 * MIB;
@@ -75,7 +77,7 @@ pub fn build(request: &Request, store: &Store, events: &Events, cancel: &Cancel)
     for warning in &recipe.warnings {
         events.emit(Event::Warning { message: warning.message.clone(), help: Some(warning.help.clone()) });
     }
-    let ready = Ready::check(&recipe)?;
+    let inputs = inputs::read(&recipe, request.source_date_epoch, cancel)?;
     let host = Host::find(request.qemu.clone(), request.qemu_img.clone(), cancel)?;
     let accelerator = choose_accelerator(request.accelerator, &host, store, events, cancel)?;
     let base = import_base(&recipe, &host, store, events, cancel)?;
@@ -99,7 +101,7 @@ pub fn build(request: &Request, store: &Store, events: &Events, cancel: &Cancel)
         cancel,
         boots: 0,
     };
-    let job = Job { request, base: &base, growth, ready: &ready, recorder: &recorder };
+    let job = Job { request, base: &base, growth, inputs: &inputs, recorder: &recorder };
     match job.run(session, &pending) {
         Ok(manifest) => Ok(Artifact { folder: pending.commit()?, manifest }),
         Err(error) => Err(keep_failure(error, request, pending, &scratch)),
@@ -161,7 +163,7 @@ pub fn plan(
     events: &Events,
     cancel: &Cancel,
 ) -> Result<(Plan, Imported), Error> {
-    Ready::check(recipe)?;
+    inputs::read(recipe, None, cancel)?;
     let base = import_base(recipe, host, store, events, cancel)?;
     Ok((make_plan(recipe, &base)?.0, base))
 }
@@ -269,7 +271,7 @@ struct Job<'a> {
     request: &'a Request,
     base: &'a Imported,
     growth: Growth,
-    ready: &'a Ready,
+    inputs: &'a [Inputs],
     recorder: &'a Recorder,
 }
 
@@ -287,7 +289,7 @@ impl Job<'_> {
         let given = self.request.source_date_epoch;
         let epoch = Epoch { seconds: given.unwrap_or_else(now), given: given.is_some() };
         for index in 0..session.recipe.steps.len() {
-            let step = steps::run(&session, &mut guest, index, self.ready, pending, epoch);
+            let step = steps::run(&session, &mut guest, index, &self.inputs[index], pending, epoch);
             done.push(step.inspect_err(|error| {
                 if self.request.keep_on_error && error.exit == Exit::Step {
                     // What the step wrote is still in the guest's memory. If it can't be had, its disk is as it is.
@@ -382,7 +384,7 @@ impl Job<'_> {
             block_size: BLOCK,
             boot_modes,
             partitions: serde_json::to_value(&export.table).map_err(bug)?,
-            inputs: Inputs {
+            inputs: manifest::Inputs {
                 base: base.file_name().unwrap_or_default().to_string_lossy().into_owned(),
                 base_sha256: self.base.sha256.clone(),
                 base_format: self.base.format.clone(),

@@ -20,7 +20,7 @@ use crate::vm::process::{Launch, Machine};
 use crate::vm::spec::{self, Accelerator, Boot, DiskBus, Spec};
 use crate::vm::{self, Sink, filter, host::Host, seed};
 
-/// How long a guest may take to boot under software emulation of a slow host.
+/// How long a guest may take to boot, under software emulation of a slow host, unless the recipe says otherwise.
 const BOOT_LIMIT: Duration = Duration::from_secs(600);
 /// How long kiln's own scripts may take.
 const OWN_LIMIT: Duration = Duration::from_secs(300);
@@ -54,7 +54,7 @@ impl Session<'_> {
     /// Starts the guest and waits for its agent; gives it the network if it has one.
     pub(super) fn boot(&mut self) -> Result<Guest, Error> {
         self.boots += 1;
-        let limit = BOOT_LIMIT.min(self.recipe.machine.timeout);
+        let limit = self.recipe.machine.timeout.unwrap_or(BOOT_LIMIT);
         let spec = self.spec()?;
         let launch = Launch {
             qemu: &self.host.qemu,
@@ -163,7 +163,8 @@ impl Session<'_> {
         }
         let last = words.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
         let last = last.trim_start_matches("kiln: ");
-        Err(Error::new(Exit::Input, format!("{what} could not be set up (status {status}): {last}")))
+        Err(Error::new(Exit::Input, format!("{what} could not be set up (status {status}): {last}"))
+            .help("the build's log has all that it said; does the base lack something?"))
     }
 
     fn boot_failure(&self, error: vm::Error) -> Error {

@@ -1,12 +1,12 @@
 //! One step: what goes into the guest for it, and what its end means.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+#[cfg(test)]
+use std::path::Path;
 use std::time::{Duration, Instant};
 
-use sha2::{Digest as _, Sha256};
-
 use super::archive::{Copy, Script};
+use super::inputs::{self, Inputs};
 use super::log::{Seen, StepLog};
 use super::manifest::StepFacts;
 use super::output::Pending;
@@ -17,54 +17,8 @@ use crate::recipe::{Action, Network, Recipe, Step};
 use crate::vm::guest::{Ended, Guest, Owner};
 use crate::{provisioners, units, vm};
 
-/// Steps whose files are all there: checked before anything is started.
-pub(super) struct Ready {
-    scripts: Vec<Option<Vec<u8>>>,
-}
-
-impl Ready {
-    /// Reads every script and looks at every file that the steps name.
-    pub(super) fn check(recipe: &Recipe) -> Result<Self, Error> {
-        let scripts = recipe.steps.iter().map(|step| check(recipe, step)).collect::<Result<_, _>>()?;
-        Ok(Self { scripts })
-    }
-}
-
-fn check(recipe: &Recipe, step: &Step) -> Result<Option<Vec<u8>>, Error> {
-    let missing = |path: &Path, error: &std::io::Error| {
-        Error::new(Exit::Input, format!("cannot read `{}`: {}", path.display(), plain(error)))
-            .at(recipe.place(&step.value_span))
-            .help("paths are relative to the recipe's folder")
-    };
-    for (_, path) in extra_files(recipe, step) {
-        std::fs::symlink_metadata(&path).map_err(|error| missing(&path, &error))?;
-    }
-    match &step.action {
-        Action::File { path, .. } => {
-            let path = recipe.dir().join(path);
-            Ok(Some(std::fs::read(&path).map_err(|error| missing(&path, &error))?))
-        }
-        Action::Inline { script, .. } => Ok(Some(script.clone().into_bytes())),
-        Action::Uses { provisioner, .. } => Ok(Some(provisioner.script.as_bytes().to_vec())),
-        Action::Copy { from, .. } => {
-            let path = recipe.dir().join(from);
-            std::fs::metadata(&path).map_err(|error| missing(&path, &error))?;
-            Ok(None)
-        }
-    }
-}
-
-fn plain(error: &std::io::Error) -> String {
-    match error.kind() {
-        std::io::ErrorKind::NotFound => "no such file or folder".to_owned(),
-        _ => error.to_string(),
-    }
-}
-
-fn extra_files(recipe: &Recipe, step: &Step) -> Vec<(PathBuf, PathBuf)> {
-    let (folder, files) = step.action.files();
-    files.iter().map(|file| (file.clone(), recipe.dir().join(folder).join(file))).collect()
-}
+/// How long a step may take unless the recipe says otherwise.
+const LIMIT: Duration = Duration::from_mins(30);
 
 /// The time that steps are told as `SOURCE_DATE_EPOCH`.
 #[derive(Debug, Clone, Copy)]
@@ -80,7 +34,7 @@ pub(super) fn run(
     session: &Session<'_>,
     guest: &mut Guest,
     index: usize,
-    ready: &Ready,
+    inputs: &Inputs,
     pending: &Pending,
     epoch: Epoch,
 ) -> Result<StepFacts, Error> {
@@ -92,33 +46,34 @@ pub(super) fn run(
     let started = Instant::now();
     let io_failed = |error: std::io::Error| Error::io("cannot write the step's log", &error);
     let (sink, seen) = StepLog::open(&pending.path().join(&log), Some(session.events.clone())).map_err(io_failed)?;
-    let limit = step.timeout.unwrap_or(recipe.machine.timeout);
+    let limit = step.timeout.or(recipe.machine.timeout).unwrap_or(LIMIT);
     let what = format!("step `{}`", step.name);
     let env = environment(recipe, step, epoch);
     let cannot_send = |error: std::io::Error| {
+        if let Err(cancelled) = session.cancel.check() {
+            return cancelled.into();
+        }
         let failed = Error::io(format!("cannot read what {what} copies"), &error);
         if failed.help.is_some() { failed } else { failed.at(recipe.place(&step.value_span)) }
     };
-    let sent;
-    let result = match (&step.action, &ready.scripts[index]) {
-        (Action::Copy { from, to, contents, owner, mode }, _) => {
+    let result = match &step.action {
+        Action::Copy { from, to, contents, owner, mode } => {
             let owner = split_owner(owner.as_deref());
             let latest = epoch.given.then_some(epoch.seconds);
             let from = recipe.dir().join(from);
-            let copy = Copy { from: &from, to, contents: *contents, owner: &owner, mode: *mode, latest };
+            let cancel = session.cancel;
+            let copy = Copy { from: &from, to, contents: *contents, owner: &owner, mode: *mode, latest, cancel };
             let (archive, folder) = copy.archive(session.scratch).map_err(cannot_send)?;
-            sent = archive.digest().map_err(cannot_send)?;
             guest.put(&what, archive, &owner, &folder, sink, limit)
         }
-        (action, script) => {
+        action => {
             let texts: &[(&str, &str)] = match action {
                 Action::Uses { .. } => &[("lib.sh", provisioners::LIBRARY)],
                 _ => &[],
             };
-            let text = script.as_deref().unwrap_or_default();
-            let script = Script { text, env: &env, files: &extra_files(recipe, step), texts };
+            let text = inputs.script.as_deref().unwrap_or_default();
+            let script = Script { text, env: &env, files: &inputs::extra_files(recipe, step), texts };
             let archive = script.archive(session.scratch).map_err(cannot_send)?;
-            sent = hash(text, &env);
             guest.run(&what, archive, script.has_shebang(), sink, limit)
         }
     };
@@ -131,7 +86,13 @@ pub(super) fn run(
     })?;
     let took = started.elapsed();
     session.events.emit(Event::StepDone { index: number, name: step.name.clone(), took });
-    Ok(StepFacts { name: step.name.clone(), sha256: sent, seconds: took.as_secs_f64(), cached: false, log })
+    Ok(StepFacts {
+        name: step.name.clone(),
+        sha256: inputs.sha256.clone(),
+        seconds: took.as_secs_f64(),
+        cached: false,
+        log,
+    })
 }
 
 /// What the end of a step means for the build.
@@ -147,36 +108,24 @@ fn judge(
         Ok(ended) => failure(recipe, step, ended, seen),
         Err(vm::Error::TimedOut { .. }) => timed_out(step, limit, seen),
         Err(error) => {
+            let stopped = matches!(error, vm::Error::GuestStopped { .. });
             let mut failed = super::guest_failure(error);
             if let Exit::Signal(_) = failed.exit {
                 return Err(failed);
             }
             failed.message = format!("step `{}`: {}", step.name, failed.message);
+            if stopped {
+                failed.help =
+                    Some("leave that to kiln: a step with `reboot = true` is followed by a reboot".to_owned());
+            }
             failed
         }
     };
     Err(error.at(recipe.place(&step.span)))
 }
 
-fn hash(script: &[u8], env: &BTreeMap<String, String>) -> String {
-    let mut hasher = Sha256::new();
-    hasher.update((script.len() as u64).to_le_bytes());
-    hasher.update(script);
-    for (key, value) in env.iter().filter(|(key, _)| key.as_str() != "SOURCE_DATE_EPOCH") {
-        hasher.update(format!("{key}\0{value}\0"));
-    }
-    units::hex(&hasher.finalize())
-}
-
 fn environment(recipe: &Recipe, step: &Step, epoch: Epoch) -> BTreeMap<String, String> {
-    let mut env = recipe.env.clone();
-    env.extend(step.env.clone());
-    if let Action::Uses { inputs, .. } = &step.action {
-        env.extend(inputs.clone());
-    }
-    env.insert("KILN_NAME".to_owned(), recipe.name.clone());
-    env.insert("KILN_STEP".to_owned(), step.name.clone());
-    env.insert("KILN_ARCH".to_owned(), recipe.base.arch.as_str().to_owned());
+    let mut env = inputs::environment(recipe, step);
     env.entry("SOURCE_DATE_EPOCH".to_owned()).or_insert_with(|| epoch.seconds.to_string());
     env
 }

@@ -214,8 +214,8 @@ pub struct Machine {
     pub network: Network,
     /// Of the value of `network`.
     pub network_span: Option<Range<usize>>,
-    /// How long a step may take that doesn't say so itself.
-    pub timeout: Duration,
+    /// How long the guest may take to boot, and a step that doesn't say so itself; none: 10 and 30 minutes.
+    pub timeout: Option<Duration>,
 }
 
 words! {

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use super::reader::{Fields, Found, Reader, Source, suggest};
 use super::{
@@ -189,7 +188,7 @@ fn machine(top: &Fields<'_>) -> Machine {
         boot: Boot::Auto,
         network: Network::Open,
         network_span: None,
-        timeout: Duration::from_mins(30),
+        timeout: None,
     };
     let known = ["cpus", "memory", "boot", "network", "timeout"];
     let Some(fields) = top.table("machine", "[machine]", &known) else { return machine };
@@ -215,9 +214,7 @@ fn machine(top: &Fields<'_>) -> Machine {
         machine.network = network.value;
         machine.network_span = Some(network.origin.span);
     }
-    if let Some(timeout) = fields.duration("timeout") {
-        machine.timeout = timeout.value;
-    }
+    machine.timeout = fields.duration("timeout").map(|timeout| timeout.value);
     machine
 }
 

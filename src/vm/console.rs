@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::process::Signal;
+use super::process::{Follower, Signal};
 
 const KEPT_LINES: usize = 12;
 /// A line longer than this is judged by its beginning.
@@ -57,9 +57,10 @@ impl Console {
     }
 
     /// Reads the console from `from` until it ends, on a thread of its own.
-    pub(super) fn follow(&self, mut from: impl Read + Send + 'static) {
+    pub(super) fn follow(&self, mut from: impl Read + Send + 'static, follower: Follower) {
         let console = self.clone();
         std::thread::spawn(move || {
+            let _follower = follower;
             let mut buffer = [0; 4096];
             let mut line = Vec::new();
             while let Ok(n @ 1..) = from.read(&mut buffer) {

@@ -5,8 +5,6 @@ use std::io::{self, Read, Seek, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use sha2::{Digest as _, Sha256};
-
 use super::Error;
 use super::output::Sink;
 use super::process::{Machine, Signal};
@@ -66,21 +64,6 @@ impl Archive {
         file.set_len(padded)?;
         file.rewind()?;
         Ok(Self { file, length: padded })
-    }
-
-    /// SHA-256 of the archive, in hex.
-    ///
-    /// # Errors
-    /// When it can't be read.
-    pub fn digest(&self) -> io::Result<String> {
-        let mut hasher = Sha256::new();
-        let mut file = &self.file;
-        let mut buffer = vec![0; 1 << 20];
-        while let n @ 1.. = file.read(&mut buffer)? {
-            hasher.update(&buffer[..n]);
-        }
-        file.rewind()?;
-        Ok(hex(&hasher.finalize()))
     }
 }
 
@@ -176,7 +159,7 @@ impl Guest {
     pub fn freeze(mut self, limit: Duration) -> Result<(), Error> {
         let nonce = nonce().map_err(Error::io("cannot read random numbers"))?;
         self.command(&format!("freeze {nonce}"))?;
-        self.answer("the guest to freeze its disk", &nonce, limit)?;
+        self.answer("the guest to freeze its disk", &nonce, limit, Prints::Nothing)?;
         self.machine.quit()
     }
 
@@ -210,7 +193,7 @@ impl Guest {
         // On a thread, so that the wait below sees what happens to the guest meanwhile. If the guest dies the write
         // fails; the wait has the reason.
         let writer = std::thread::spawn(move || io::copy(&mut archive.file.take(archive.length), &mut inputs));
-        let ended = self.answer(what, &nonce, limit);
+        let ended = self.answer(what, &nonce, limit, Prints::Output);
         let _ = self.machine.agent.as_ref().map(|agent| agent.output.end());
         let mut ended = ended?;
         drop(writer);
@@ -230,7 +213,7 @@ impl Guest {
     }
 
     /// The agent's answer, once the output that belongs to it has arrived as well.
-    fn answer(&mut self, what: &str, nonce: &str, limit: Duration) -> Result<Ended, Error> {
+    fn answer(&mut self, what: &str, nonce: &str, limit: Duration, prints: Prints) -> Result<Ended, Error> {
         let mut ended = None;
         let mut output_ended = false;
         self.machine.wait_for(what, limit, |signal| {
@@ -243,10 +226,16 @@ impl Guest {
                 Signal::OutputEnd(end) => output_ended |= end == nonce,
                 _ => {}
             }
-            let silent = what.ends_with("freeze its disk");
-            if output_ended || silent { ended.take() } else { None }
+            if output_ended || prints == Prints::Nothing { ended.take() } else { None }
         })?
     }
+}
+
+/// Whether a command has output, with a mark at its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Prints {
+    Output,
+    Nothing,
 }
 
 /// What an answer says to the command with `nonce`; `None` if it is not an answer to it.

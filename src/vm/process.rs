@@ -100,13 +100,14 @@ impl Machine {
         let start = |error| exec::Error::Start { program: launch.qemu.to_owned(), error };
         let mut child = command.spawn().map_err(start)?;
         let console_input = child.stdin.take();
+        let (follower, ended) = channel();
         if let Some(out) = child.stdout.take() {
-            console.follow(out);
+            console.follow(out, follower.clone());
         }
         let stderr = Stderr::follow(child.stderr.take());
         let exit = exec::exit_descriptor(&child).map_err(start)?;
         let streams = accept(listeners, &exit, cancel);
-        watch_exit(exit, sender.clone());
+        watch_exit(exit, ended, sender.clone());
         let waker = sender.clone();
         let subscription = cancel.subscribe(move || drop(waker.send(Signal::Cancelled)));
         let streams = match streams {
@@ -122,7 +123,7 @@ impl Machine {
                 return Err(Error::io("cannot reach QEMU")(error));
             }
         };
-        let connected = connect(streams, &sender).map_err(Error::io("cannot reach QEMU"));
+        let connected = connect(streams, &sender, follower).map_err(Error::io("cannot reach QEMU"));
         let (monitor, agent) = connected.inspect_err(|_| {
             let _ = child.kill();
             let _ = child.wait();
@@ -354,11 +355,15 @@ impl Stderr {
     }
 }
 
-fn watch_exit(exit: OwnedFd, sender: Sender<Signal>) {
+/// Held by every thread that reads from QEMU.
+pub(super) type Follower = Sender<std::convert::Infallible>;
+
+/// Tells of QEMU's end once all that it said before has been heard: `ended` hears that its followers are gone.
+fn watch_exit(exit: OwnedFd, ended: Receiver<std::convert::Infallible>, sender: Sender<Signal>) {
     std::thread::spawn(move || {
         exec::wait_readable(&exit);
-        // The last lines of its output are still on their way through the pipes.
-        std::thread::sleep(Duration::from_millis(20));
+        // Bounded, because a child of QEMU's may keep a socket open.
+        let _ = ended.recv_timeout(Duration::from_secs(2));
         let _ = sender.send(Signal::Exited);
     });
 }
@@ -406,7 +411,11 @@ impl Listeners {
     }
 }
 
-fn connect(streams: Streams, sender: &Sender<Signal>) -> io::Result<(UnixStream, Option<AgentStreams>)> {
+fn connect(
+    streams: Streams,
+    sender: &Sender<Signal>,
+    follower: Follower,
+) -> io::Result<(UnixStream, Option<AgentStreams>)> {
     let mut monitor = None;
     let mut commands = None;
     let mut inputs = None;
@@ -415,12 +424,12 @@ fn connect(streams: Streams, sender: &Sender<Signal>) -> io::Result<(UnixStream,
     for (name, stream) in streams {
         match name {
             QMP_SOCKET => {
-                follow_lines(stream.try_clone()?, sender.clone(), monitor_signal);
+                follow_lines(stream.try_clone()?, sender.clone(), follower.clone(), monitor_signal);
                 monitor = Some(stream);
             }
             CTL_SOCKET => {
                 let answer = |line: &str| Some(Signal::Answer(line.trim_end().to_owned()));
-                follow_lines(stream.try_clone()?, sender.clone(), answer);
+                follow_lines(stream.try_clone()?, sender.clone(), follower.clone(), answer);
                 commands = Some(stream);
             }
             IN_SOCKET => inputs = Some(stream),
@@ -451,8 +460,9 @@ fn monitor_signal(line: &str) -> Option<Signal> {
     }
 }
 
-fn follow_lines(stream: UnixStream, sender: Sender<Signal>, make: fn(&str) -> Option<Signal>) {
+fn follow_lines(stream: UnixStream, sender: Sender<Signal>, follower: Follower, make: fn(&str) -> Option<Signal>) {
     std::thread::spawn(move || {
+        let _follower = follower;
         let mut reader = BufReader::new(stream);
         let mut line = Vec::new();
         // Bounded: a guest that sends no line end must not fill kiln's memory.

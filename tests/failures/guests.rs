@@ -102,7 +102,7 @@ fn a_guest_that_hangs_at_boot_by_its_firmware() {
     insta::assert_snapshot!(fails(&bench, &json!({ "boot": [["hang"]] }), 6, FAILED), @r#"
     error: waited 1.0 s for the guest's agent
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
     help: read the console's log; the agent is started by cloud-init, which the base must have
     "#);
 }
@@ -126,7 +126,7 @@ fn a_guest_that_resets_while_booting() {
     insta::assert_snapshot!(fails_to_boot(reset, 3), @r#"
     error: the guest rebooted by itself
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
     help: read the console's log; [machine] boot = "firmware" starts the disk by its own boot loader
     "#);
 }
@@ -137,7 +137,7 @@ fn a_guest_that_reports_a_panic() {
     insta::assert_snapshot!(fails_to_boot(panicked, 3), @r#"
     error: the guest can't go on: the guest reports a kernel panic
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
     help: read the console's log; [machine] boot = "firmware" starts the disk by its own boot loader
     "#);
 }
@@ -150,7 +150,7 @@ fn an_agent_with_another_protocol() {
     insta::assert_snapshot!(said, @r#"
     error: the guest's agent answered `ready 2 1.0`, which kiln doesn't understand
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
     "#);
 }
 
@@ -162,7 +162,7 @@ fn an_agent_that_talks_nonsense() {
     insta::assert_snapshot!(said, @r#"
     error: the guest's agent answered `�[31mlogin: �`, which kiln doesn't understand
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
     "#);
 }
 
@@ -319,7 +319,8 @@ fn a_step_that_reboots_the_guest() {
     6 | [[provision]]
       | ^^^^^^^^^^^^^
       |
-      = log: out/web.failed/console.log
+      = log: out/web.failed/build.log
+    help: leave that to kiln: a step with `reboot = true` is followed by a reboot
     "#);
 }
 
@@ -331,7 +332,8 @@ fn a_guest_whose_network_does_not_come_up() {
     insta::assert_snapshot!(fails(&bench, &said, 3, FAILED), @r#"
     error: the guest's network could not be set up (status 1): the guest has no ip
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
+    help: the build's log has all that it said; does the base lack something?
     "#);
 }
 
@@ -343,7 +345,8 @@ fn a_filesystem_that_does_not_grow() {
     insta::assert_snapshot!(fails(&bench, &said, 3, FAILED), @r#"
     error: the larger root filesystem could not be set up (status 1): no resize2fs
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
+    help: the build's log has all that it said; does the base lack something?
     "#);
 }
 
@@ -355,7 +358,8 @@ fn a_seal_that_fails() {
     insta::assert_snapshot!(fails(&bench, &said, 3, FAILED), @r#"
     error: the seal could not be set up (status 1): rm: read-only
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
+    help: the build's log has all that it said; does the base lack something?
     "#);
 }
 
@@ -367,7 +371,7 @@ fn a_disk_that_cannot_be_frozen() {
     insta::assert_snapshot!(said, @r#"
     error: the guest's disk can't be unmounted: /srv (ext4) stays in use
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
     help: end what uses it in the last step
     "#);
 }
@@ -390,7 +394,8 @@ fn a_guest_that_does_not_shut_down_for_a_reboot() {
     insta::assert_snapshot!(said, @r#"
     error: QEMU failed with exit code 3 while the guest was running
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
+    help: build again; if it ends the same way, try --accel tcg or another QEMU
     "#);
 }
 

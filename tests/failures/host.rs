@@ -96,7 +96,8 @@ fn qemu_refuses_its_arguments() {
     insta::assert_snapshot!(said, @r#"
     error: QEMU failed with exit code 1 while the guest was running: qemu-system-x86_64: -device virtio-rng-pci: 'virtio-rng-pci' is not a valid device model name
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
+    help: build again; if it ends the same way, try --accel tcg or another QEMU
     "#);
 }
 
@@ -107,7 +108,8 @@ fn qemu_dies_while_booting() {
     insta::assert_snapshot!(said, @r#"
     error: QEMU failed with exit code 1 while the guest was running: qemu: fatal: oops
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
+    help: build again; if it ends the same way, try --accel tcg or another QEMU
     "#);
 }
 
@@ -122,7 +124,7 @@ fn qemu_is_killed_in_a_step() {
     6 | [[provision]]
       | ^^^^^^^^^^^^^
       |
-      = log: out/web.failed/console.log
+      = log: out/web.failed/build.log
     help: was it the host's out-of-memory killer? see dmesg; a smaller [machine] memory may help
     "#);
     assert_eq!(bench.read("out/web.failed/steps/01-hello.log"), "half a li", "what it printed is kept");
@@ -140,7 +142,8 @@ fn qemu_is_told_to_stop_by_someone_else() {
     6 | [[provision]]
       | ^^^^^^^^^^^^^
       |
-      = log: out/web.failed/console.log
+      = log: out/web.failed/build.log
+    help: build again; if it ends the same way, try --accel tcg or another QEMU
     "#);
 }
 
@@ -151,7 +154,7 @@ fn qemu_dies_while_the_disk_is_frozen() {
     insta::assert_snapshot!(said, @r#"
     error: QEMU was killed by signal 9 while the guest was running
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
     help: was it the host's out-of-memory killer? see dmesg; a smaller [machine] memory may help
     "#);
 }
@@ -163,7 +166,8 @@ fn qemu_dies_before_its_disk_is_written_out() {
     insta::assert_snapshot!(said, @r#"
     error: QEMU failed with exit code 1 while the guest was running
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
+    help: build again; if it ends the same way, try --accel tcg or another QEMU
     "#);
 }
 
@@ -181,7 +185,7 @@ fn the_guest_writes_more_than_the_host_has() {
     6 | [[provision]]
       | ^^^^^^^^^^^^^
       |
-      = log: out/web.failed/console.log
+      = log: out/web.failed/build.log
     help: free some space, or choose another place with --cache-dir
     "#);
 }
@@ -200,7 +204,7 @@ fn the_hosts_disk_fails() {
     6 | [[provision]]
       | ^^^^^^^^^^^^^
       |
-      = log: out/web.failed/console.log
+      = log: out/web.failed/build.log
     "#);
 }
 
@@ -262,7 +266,7 @@ fn the_hosts_disk_runs_full_while_the_disk_is_written() {
     insta::assert_snapshot!(runs_full(&bench, kiln, "filling\nweb.failed\n"), @r#"
     error: no space left for [BENCH]/out/.web.kiln-[RANDOM]/new/disk.raw: No space left on device (os error 28)
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
     help: free some space, or choose another place with --out or --cache-dir
     "#);
 }
@@ -275,7 +279,7 @@ fn the_hosts_disk_runs_full_while_a_step_prints() {
     insta::assert_snapshot!(runs_full(&bench, kiln, "filling\nweb.failed\n"), @r#"
     error: cannot write the step's log: No space left on device (os error 28)
      |
-     = log: out/web.failed/console.log
+     = log: out/web.failed/build.log
     help: free space on that filesystem, or choose another with --out, --cache-dir or TMPDIR
     "#);
 }

@@ -1,7 +1,10 @@
 //! Real QEMU, real Debian disks. Under software emulation each boot takes half a minute or more, so these are few, and
 //! each looks at many things. They run one at a time (.config/nextest.toml).
 
+mod failures;
 mod features;
+mod filesystems;
+mod ordinary;
 mod provisioners;
 mod published;
 mod suites;
@@ -33,6 +36,13 @@ impl Bench {
     pub(super) fn new() -> Self {
         // Gigabytes: not in a /tmp that may be memory.
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        Self { folder }
+    }
+
+    /// In a place that every user may enter.
+    pub(super) fn outside() -> Self {
+        let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+        std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         Self { folder }
     }
 
@@ -87,15 +97,11 @@ impl Bench {
     pub(super) fn clean_root(&self, name: &str) -> Root {
         let partitions = self.manifest(name)["partitions"]["partitions"].clone();
         let root = partitions.as_array().unwrap().iter().find(|partition| partition["number"] == 1).unwrap().clone();
-        let file = self.path(&format!("{name}.ext4"));
-        run(Command::new("dd")
-            .arg(format!("if={}", self.path(&format!("out/{name}/disk.raw")).display()))
-            .arg(format!("of={}", file.display()))
-            .args(["bs=1M", "iflag=skip_bytes,count_bytes", "conv=sparse", "status=none"])
-            .args([format!("skip={}", root["start"]), format!("count={}", root["len"])]));
-        let check = run(Command::new("/sbin/e2fsck").arg("-fn").arg(&file));
+        let disk = self.path(&format!("out/{name}/disk.raw"));
+        let root = Root::of(&disk, root["start"].as_u64().unwrap(), &self.path(&format!("{name}.ext4")));
+        let check = run(Command::new("/sbin/e2fsck").arg("-fn").arg(&root.0));
         assert!(!check.contains("WARNING"), "{check}");
-        Root(file)
+        root
     }
 }
 
@@ -103,9 +109,38 @@ impl Bench {
 pub(super) struct Root(PathBuf);
 
 impl Root {
+    /// The filesystem that begins at a byte of a disk, copied to `file`.
+    pub(super) fn of(disk: &Path, start: u64, file: &Path) -> Self {
+        run(Command::new("dd").arg(format!("if={}", disk.display())).arg(format!("of={}", file.display())).args([
+            "bs=1M",
+            "iflag=skip_bytes",
+            "conv=sparse",
+            "status=none",
+            &format!("skip={start}"),
+        ]));
+        Self(file.to_owned())
+    }
+
     fn debugfs(&self, request: &str) -> (String, String) {
         let output = Command::new("/sbin/debugfs").args(["-R", request]).arg(&self.0).output().unwrap();
         (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr).into_owned())
+    }
+
+    /// A number of the superblock.
+    fn number(&self, field: &str) -> u64 {
+        let (text, _) = self.debugfs("show_super_stats -h");
+        let value = text.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+        value.trim().parse().unwrap()
+    }
+
+    /// How many blocks the filesystem has.
+    pub(super) fn blocks(&self) -> u64 {
+        self.number("Block count:")
+    }
+
+    /// Bytes in a block.
+    pub(super) fn block_size(&self) -> u64 {
+        self.number("Block size:")
     }
 
     pub(super) fn has(&self, path: &str) -> bool {

@@ -1,17 +1,22 @@
-//! A suite by a boot path of the build, and the result by both kinds of firmware.
+//! Every suite by both boot paths of the build, and each result by both kinds of firmware.
 
 use super::{Bench, base};
 
-fn builds_and_boots(suite: &str, boot: &str) {
+/// Builds by `boot`, looks into the disk, and boots it by BIOS and UEFI. With `inside`, the recipe's own tests run there.
+fn builds_and_boots(suite: &str, boot: &str, inside: bool) {
     let bench = Bench::new();
     let base = base(suite);
+    let tests = if inside {
+        "[[test]]\nname = \"has the mark\"\nrun = \"grep -q disk-x86_64 /etc/kiln-was-here\"\n\
+         [[test]]\nname = \"root has grown\"\nrun = \"test $(df -Pk / | awk 'NR==2{print $2}') -gt 3500000\"\n"
+    } else {
+        ""
+    };
     bench.write(
         "disk.toml",
         format!(
             "name = \"disk\"\n[base]\nimage = \"{}\"\n[disk]\nsize = \"4GiB\"\n[machine]\nboot = \"{boot}\"\nnetwork = \"none\"\n\
-             [[provision]]\nname = \"mark\"\ninline = \"ls /sys/class/net; echo $KILN_NAME-$KILN_ARCH > /etc/kiln-was-here\"\n\
-             [[test]]\nname = \"has the mark\"\nrun = \"grep -q disk-x86_64 /etc/kiln-was-here\"\n\
-             [[test]]\nname = \"root has grown\"\nrun = \"test $(df -Pk / | awk 'NR==2{{print $2}}') -gt 3500000\"\n",
+             [[provision]]\nname = \"mark\"\ninline = \"ls /sys/class/net; echo $KILN_NAME-$KILN_ARCH > /etc/kiln-was-here\"\n{tests}",
             base.display()
         ),
     );
@@ -19,16 +24,48 @@ fn builds_and_boots(suite: &str, boot: &str) {
     let manifest = bench.manifest("disk");
     assert_eq!(manifest["guest"]["boot"], boot);
     assert_eq!(manifest["size"], 4_u64 << 30);
+    assert_eq!(manifest["boot_modes"], serde_json::json!(["legacy-bios", "uefi"]));
     let step = std::fs::read_to_string(bench.path("out/disk/steps/01-mark.log")).unwrap();
     assert_eq!(step, "lo\n", "network = \"none\" is no card at all");
     let root = bench.clean_root("disk");
+    assert!(root.blocks() * root.block_size() > 3_800_000_000, "the filesystem has grown");
+    assert_eq!(root.read("/etc/kiln-was-here"), "disk-x86_64\n");
     assert_eq!(root.read("/etc/machine-id"), "");
     assert_eq!(root.names("/var/lib/cloud"), [""; 0]);
     assert!(!root.names("/etc/ssh").iter().any(|name| name.starts_with("ssh_host_")));
+    for gone in ["/var/lib/systemd/random-seed", "/var/lib/systemd/credential.secret", "/etc/passwd-", "/etc/shadow-"] {
+        assert!(!root.has(gone), "{gone} is sealed away");
+    }
+    assert_eq!(root.names("/var/log/journal"), [""; 0]);
     bench.boots("disk");
 }
 
 #[test]
 fn bookworm_directly() {
-    builds_and_boots("bookworm", "direct");
+    builds_and_boots("bookworm", "direct", true);
+}
+
+#[test]
+fn bookworm_by_its_firmware() {
+    builds_and_boots("bookworm", "firmware", false);
+}
+
+#[test]
+fn trixie_directly() {
+    builds_and_boots("trixie", "direct", false);
+}
+
+#[test]
+fn trixie_by_its_firmware() {
+    builds_and_boots("trixie", "firmware", false);
+}
+
+#[test]
+fn bullseye_directly() {
+    builds_and_boots("bullseye", "direct", false);
+}
+
+#[test]
+fn bullseye_by_its_firmware() {
+    builds_and_boots("bullseye", "firmware", false);
 }

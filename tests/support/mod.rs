@@ -108,6 +108,19 @@ impl Bench {
         self.kiln(["-q", "build", "web.toml", "--accel", "tcg"]).scenario(scenario)
     }
 
+    /// An output that an earlier build left.
+    pub(crate) fn earlier_output(&self) {
+        self.write("out/web/disk.raw", "good");
+        self.write("out/web/manifest.json", "{}");
+    }
+
+    /// It is as it was.
+    #[track_caller]
+    pub(crate) fn assert_earlier_output(&self) {
+        assert_eq!(self.read("out/web/disk.raw"), "good");
+        assert_eq!(self.names("out/web"), ["disk.raw", "manifest.json"]);
+    }
+
     /// Waits until the fake QEMU has come to a moment (or whatever has left a file of that name in the traces).
     pub(crate) fn wait_for(&self, trace: &str) {
         let path = self.path("traces").join(trace);

@@ -165,7 +165,7 @@ fn the_example_is_read_whole() {
 
     let machine = &recipe.machine;
     assert_eq!((machine.cpus, machine.memory, machine.boot), (2, Size(GIB), Boot::Auto));
-    assert_eq!((machine.network, machine.timeout), (Network::Open, Duration::from_mins(30)));
+    assert_eq!((machine.network, machine.timeout), (Network::Open, Some(Duration::from_mins(30))));
     assert_eq!(marked(&recipe, machine.network_span.as_ref().unwrap()), (13, "\"open\""));
     assert_eq!(recipe.disk.size, Some(Size(4 * GIB)));
     assert_eq!(marked(&recipe, recipe.disk.span.as_ref().unwrap()), (17, "\"4GiB\""));

@@ -1,0 +1,39 @@
+//! What only a real kernel can run out of.
+
+use super::{Bench, base, said};
+
+fn fails(bench: &Bench, arguments: &[&str]) -> String {
+    let output = bench.kiln().args(["-q", "build"]).args(arguments).output().unwrap();
+    assert_eq!(output.status.code(), Some(5), "{}", said(&output));
+    said(&output)
+}
+
+fn recipe(memory: &str, script: &str) -> String {
+    format!(
+        "name = \"short\"\n[base]\nimage = \"{}\"\n[machine]\nnetwork = \"none\"\nmemory = \"{memory}\"\n\
+         [[provision]]\nname = \"greedy\"\ninline = \"{script}\"\n",
+        base("bookworm").display()
+    )
+}
+
+#[test]
+fn a_guest_without_memory() {
+    let bench = Bench::new();
+    bench.write("short.toml", recipe("512MiB", "tail /dev/zero"));
+    let said = fails(&bench, &["short.toml"]);
+    assert!(said.contains("the guest ran out of memory (512 MiB): raise [machine] memory"), "{said}");
+    assert!(!bench.path("out/short").exists());
+}
+
+/// The failed guest's disk is kept, with what the step wrote last.
+#[test]
+fn a_guest_whose_disk_is_full() {
+    let bench = Bench::new();
+    bench.write("short.toml", recipe("1GiB", "echo last words > /root/note; head -c 9G /dev/zero > /var/large"));
+    let said = fails(&bench, &["short.toml", "--keep-on-error"]);
+    assert!(said.contains("the guest's disk is full: raise [disk] size"), "{said}");
+    let look = said.lines().find_map(|line| line.split("look into it: ").nth(1)).unwrap();
+    super::run(std::process::Command::new("sh").arg("-c").arg(look).current_dir(bench.path("")));
+    let root = super::Root::of(&bench.path("disk.raw"), 262_144 * 512, &bench.path("kept.ext4"));
+    assert_eq!(root.read("/root/note"), "last words\n");
+}
