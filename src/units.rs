@@ -9,6 +9,9 @@ pub const GIB: u64 = 1 << 30;
 /// One MiB in bytes.
 pub const MIB: u64 = 1 << 20;
 
+/// A moment that is further away could not be computed with everywhere.
+const LONGEST: Duration = Duration::from_hours(365 * 24);
+
 /// A text that isn't a size or a duration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ParseError {
@@ -21,6 +24,9 @@ pub enum ParseError {
     /// The value doesn't fit.
     #[error("`{0}` is too large")]
     TooLarge(String),
+    /// Nothing waits so long.
+    #[error("`{0}` is too long; use at most 365d")]
+    TooLong(String),
 }
 
 /// A number of bytes, written as `4GiB`, `512MiB` or `4G` (all powers of 1024).
@@ -84,7 +90,7 @@ impl fmt::Display for Size {
 /// Parses `90s`, `30m`, `1h30m`, `500ms`.
 ///
 /// # Errors
-/// When a number or a unit is missing or unknown.
+/// When a number or a unit is missing or unknown, and above 365 days.
 pub fn parse_duration(text: &str) -> Result<Duration, ParseError> {
     const UNITS: &str = "ms, s, m, h, d";
     let mut rest = text.trim();
@@ -105,7 +111,10 @@ pub fn parse_duration(text: &str) -> Result<Duration, ParseError> {
             "d" => number.checked_mul(86_400).map(Duration::from_secs),
             _ => return Err(ParseError::Unit(text.to_owned(), UNITS)),
         };
-        total = part.and_then(|part| total.checked_add(part)).ok_or_else(|| ParseError::TooLarge(text.to_owned()))?;
+        total = part
+            .and_then(|part| total.checked_add(part))
+            .filter(|total| *total <= LONGEST)
+            .ok_or_else(|| ParseError::TooLong(text.to_owned()))?;
         rest = rest[letters..].trim_start();
     }
     Ok(total)
@@ -167,6 +176,9 @@ mod tests {
         assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
         assert!(parse_duration("30").is_err());
         assert!(parse_duration("").is_err());
-        assert!(parse_duration("999999999999999999d").is_err());
+        assert_eq!(parse_duration("365d"), Ok(LONGEST));
+        for long in ["366d", "364d48h", "999999999999999999d"] {
+            assert_eq!(parse_duration(long), Err(ParseError::TooLong(long.to_owned())));
+        }
     }
 }

@@ -4,6 +4,7 @@
 
 mod cli;
 mod failures;
+mod publish;
 mod real;
 mod signals;
 mod support;

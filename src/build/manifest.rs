@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Exit};
-use crate::recipe::Recipe;
+use crate::recipe::{Recipe, VolumeType};
 
 /// The version of this format. A change that breaks readers raises it.
 pub const SCHEMA: u32 = 1;
@@ -138,10 +138,17 @@ pub struct PublishFacts {
     pub imds: String,
     /// The root device.
     pub root_device: Option<String>,
+    /// The root volume's type. Early manifests don't have it.
+    #[serde(default = "default_volume_type")]
+    pub volume_type: String,
     /// Tags.
     pub tags: BTreeMap<String, String>,
     /// The importing role.
     pub role: Option<String>,
+}
+
+fn default_volume_type() -> String {
+    VolumeType::default().as_str().to_owned()
 }
 
 impl PublishFacts {
@@ -158,6 +165,7 @@ impl PublishFacts {
             boot_mode: publish.boot_mode.map(|mode| mode.as_str().to_owned()),
             imds: publish.imds.unwrap_or_default().as_str().to_owned(),
             root_device: publish.root_device.clone(),
+            volume_type: publish.volume_type.as_str().to_owned(),
             tags: publish.tags.clone(),
             role: publish.role.clone(),
         }

@@ -1,52 +1,71 @@
 //! `kiln publish`.
 
+use std::fs::{File, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use kiln::build::manifest::{DISK, Manifest};
 use kiln::cli::Publish;
 use kiln::error::{Error, Exit};
+use kiln::event::{Event, Events};
 use kiln::publish::{self, Architecture, BootMode, Request};
-use kiln::recipe::{NamePart, name_parts};
+use kiln::recipe::{NamePart, aws, name_parts};
 use kiln::units::GIB;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Context, duration};
 
 /// How often a running import is looked at. AWS takes minutes for one.
 const POLL: Duration = Duration::from_secs(15);
+/// In the output folder: the images that were made of its disk.
+const PUBLISHED: &str = "published.json";
 
 /// Uploads, imports, registers; prints `REGION AMI-ID`.
 pub(super) fn run(context: &Context<'_>, arguments: Publish) -> Result<(), Error> {
     let manifest = Manifest::read(&arguments.outdir)?;
-    let request = request(&manifest, &arguments)?;
-    let published = publish::publish(&request, &context.ui.events(), context.cancel)?;
+    let events = context.ui.events();
+    let request = request(&manifest, &arguments, &events)?;
+    let published = publish::publish(&request, &events, context.cancel)?;
+    let result = json!([published]);
     if arguments.dry_run {
-        context.ui.result("", &json!(published));
+        context.ui.result("", &result);
         return Ok(());
     }
-    let file = arguments.outdir.join("published.json");
-    let value = json!([published]);
-    let written =
-        serde_json::to_vec_pretty(&value).map_err(std::io::Error::other).and_then(|text| std::fs::write(&file, text));
-    if let Err(error) = written {
+    if let Err(error) = remember(&arguments.outdir, &json!(published)) {
         // The image exists and its id is printed: that its note could not be kept is no failure.
-        context.ui.events().warn(format!("cannot write `{}`: {error}", file.display()));
+        let file = arguments.outdir.join(PUBLISHED);
+        events.warn(format!("cannot add the image to `{}`: {error}", file.display()));
     }
-    context.ui.result(&format!("{} {}", published.region, published.image_id), &value);
+    context.ui.result(&format!("{} {}", published.region, published.image_id), &result);
     Ok(())
 }
 
-fn request(manifest: &Manifest, arguments: &Publish) -> Result<Request, Error> {
-    let facts = &manifest.publish;
-    let region = match (&arguments.region, facts.regions.as_slice()) {
-        (Some(region), _) | (None, [region]) => Some(region.clone()),
-        (None, []) => None,
-        (None, regions) => {
-            let message =
-                format!("the recipe names {} regions, and kiln publishes to one at a time yet", regions.len());
-            return Err(Error::new(Exit::Usage, message).help(format!("name one: --region {}", regions[0])));
-        }
+/// Adds an image to those that were made of this disk. An earlier one of its region and name is gone: AWS lets nobody
+/// take a name twice.
+fn remember(folder: &Path, image: &Value) -> io::Result<()> {
+    // Another kiln may publish the same disk to another region at this moment.
+    let lock = File::open(folder)?;
+    lock.lock()?;
+    let file = folder.join(PUBLISHED);
+    let mut images: Vec<Value> = match std::fs::read(&file) {
+        Ok(text) => serde_json::from_slice(&text)?,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(error),
     };
+    images.retain(|earlier| ["region", "image_name"].iter().any(|key| earlier[*key] != image[*key]));
+    images.push(image.clone());
+    let mut new =
+        tempfile::Builder::new().permissions(Permissions::from_mode(0o666)).prefix(".published").tempfile_in(folder)?;
+    serde_json::to_writer_pretty(&mut new, &images)?;
+    new.write_all(b"\n")?;
+    new.persist(&file)?;
+    Ok(())
+}
+
+fn request(manifest: &Manifest, arguments: &Publish, events: &Events) -> Result<Request, Error> {
+    let facts = &manifest.publish;
     let template =
         arguments.image_name.as_deref().or(facts.image_name.as_deref()).unwrap_or("{name}-{date}-{digest:8}");
     Ok(Request {
@@ -55,14 +74,15 @@ fn request(manifest: &Manifest, arguments: &Publish) -> Result<Request, Error> {
         digest: manifest.digest.clone(),
         name: manifest.name.clone(),
         image_name: image_name(template, manifest)?,
-        description: facts.description.clone().unwrap_or_else(|| manifest.description.clone()),
+        description: description(manifest, events),
         arch: if manifest.arch == "aarch64" { Architecture::Arm64 } else { Architecture::X86_64 },
-        region,
+        region: region(manifest, arguments)?,
         bucket: arguments.bucket.clone().or_else(|| facts.bucket.clone()),
         prefix: facts.prefix.clone().unwrap_or_default(),
-        boot_mode: boot_mode(manifest),
+        boot_mode: boot_mode(facts.boot_mode.as_deref(), &manifest.boot_modes)?,
         imds_v2: facts.imds != "v1.0",
         root_device: facts.root_device.clone().unwrap_or_else(|| "/dev/xvda".to_owned()),
+        volume_type: facts.volume_type.clone(),
         tags: facts.tags.clone(),
         role: facts.role.clone(),
         parallel: arguments.parallel.into(),
@@ -72,20 +92,59 @@ fn request(manifest: &Manifest, arguments: &Publish) -> Result<Request, Error> {
     })
 }
 
+fn region(manifest: &Manifest, arguments: &Publish) -> Result<Option<String>, Error> {
+    match (&arguments.region, manifest.publish.regions.as_slice()) {
+        (Some(region), _) | (None, [region]) => Ok(Some(region.clone())),
+        (None, []) => Ok(None),
+        (None, regions) => {
+            let message = format!("the recipe names {} regions, and kiln publishes to one at a time", regions.len());
+            Err(Error::new(Exit::Usage, message).help(format!("name one: --region {}", regions[0])))
+        }
+    }
+}
+
+/// [publish]'s own, or what the recipe says of itself: that is free text, and AWS may not take it.
+fn description(manifest: &Manifest, events: &Events) -> String {
+    if let Some(words) = &manifest.publish.description {
+        return words.clone();
+    }
+    match aws::description(&manifest.description) {
+        Ok(()) => manifest.description.clone(),
+        Err(refusal) => {
+            events.emit(Event::Warning {
+                message: format!("the image gets no description: {}", refusal.message),
+                help: Some(format!("{}; set another as `description` in the recipe's [publish]", refusal.help)),
+            });
+            String::new()
+        }
+    }
+}
+
 /// Tests look more often than AWS could bear.
 fn poll() -> Result<Duration, Error> {
     std::env::var("KILN_POLL_INTERVAL").map_or(Ok(POLL), |text| duration("KILN_POLL_INTERVAL", &text))
 }
 
-fn boot_mode(manifest: &Manifest) -> BootMode {
-    let has = |mode: &str| manifest.boot_modes.iter().any(|has| has == mode);
-    match manifest.publish.boot_mode.as_deref() {
-        Some("legacy-bios") => BootMode::LegacyBios,
-        Some("uefi") => BootMode::Uefi,
-        Some("uefi-preferred") => BootMode::UefiPreferred,
-        _ if has("uefi") && has("legacy-bios") => BootMode::UefiPreferred,
-        _ if has("uefi") => BootMode::Uefi,
-        _ => BootMode::LegacyBios,
+/// How instances start: as the recipe wants it, if the disk can be started so; else in every way it can.
+fn boot_mode(wanted: Option<&str>, disk: &[String]) -> Result<BootMode, Error> {
+    let has = |mode: &str| disk.iter().any(|has| has == mode);
+    let (bios, uefi) = (has("legacy-bios"), has("uefi"));
+    match wanted {
+        Some("uefi-preferred") | None if bios && uefi => Ok(BootMode::UefiPreferred),
+        Some("uefi") | None if uefi => Ok(BootMode::Uefi),
+        Some("legacy-bios") | None if bios => Ok(BootMode::LegacyBios),
+        Some(wanted) => {
+            let can = if disk.is_empty() { "no firmware".to_owned() } else { format!("`{}` only", disk.join(" and ")) };
+            let message = format!("the recipe's boot_mode is `{wanted}`, and the disk can be started by {can}");
+            Err(Error::new(Exit::Input, message).help(
+                "leave boot_mode out of [publish], or take a base that has the boot loader for it; then build again",
+            ))
+        }
+        None => {
+            let message = "the disk has no boot loader that kiln knows: an instance would not start";
+            let help = "take a base with an EFI system partition or a boot sector, and build again";
+            Err(Error::new(Exit::Input, message).help(help))
+        }
     }
 }
 
@@ -111,4 +170,55 @@ fn image_name(template: &str, manifest: &Manifest) -> Result<String, Error> {
             NamePart::Version => env!("CARGO_PKG_VERSION").to_owned(),
         })
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instances_start_in_every_way_that_the_disk_can_unless_the_recipe_chooses() {
+        let [none, bios, uefi, both] = [&[][..], &["legacy-bios"], &["uefi"], &["legacy-bios", "uefi"]]
+            .map(|modes| modes.iter().map(|mode| (*mode).to_owned()).collect::<Vec<_>>());
+        let mode = |wanted, disk: &[String]| boot_mode(wanted, disk).unwrap();
+        assert_eq!(mode(None, &bios), BootMode::LegacyBios);
+        assert_eq!(mode(None, &uefi), BootMode::Uefi);
+        assert_eq!(mode(None, &both), BootMode::UefiPreferred);
+        for (wanted, chosen) in [
+            ("legacy-bios", BootMode::LegacyBios),
+            ("uefi", BootMode::Uefi),
+            ("uefi-preferred", BootMode::UefiPreferred),
+        ] {
+            assert_eq!(mode(Some(wanted), &both), chosen);
+        }
+        let lacking = [("legacy-bios", &uefi), ("uefi", &bios), ("uefi-preferred", &bios), ("uefi-preferred", &uefi)];
+        for (wanted, disk) in lacking {
+            let error = boot_mode(Some(wanted), disk).unwrap_err();
+            let message =
+                format!("the recipe's boot_mode is `{wanted}`, and the disk can be started by `{}` only", disk[0]);
+            assert_eq!((error.exit, error.message), (Exit::Input, message));
+        }
+        let error = boot_mode(Some("uefi"), &none).unwrap_err();
+        assert_eq!(error.message, "the recipe's boot_mode is `uefi`, and the disk can be started by no firmware");
+        assert_eq!(boot_mode(None, &none).unwrap_err().exit, Exit::Input);
+    }
+
+    #[test]
+    fn every_region_and_name_is_remembered_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let image =
+            |region: &str, name: &str, id: &str| json!({ "region": region, "image_name": name, "image_id": id });
+        let [first, second, third] =
+            [image("eu-west-1", "a", "ami-1"), image("us-east-1", "a", "ami-2"), image("eu-west-1", "a", "ami-3")];
+        for image in [&first, &second, &third] {
+            remember(folder.path(), image).unwrap();
+        }
+        let file = folder.path().join(PUBLISHED);
+        let read = || serde_json::from_slice::<Value>(&std::fs::read(&file).unwrap()).unwrap();
+        assert_eq!(read(), json!([second, third]));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "no other file is left");
+        std::fs::write(&file, "{").unwrap();
+        remember(folder.path(), &first).unwrap_err();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "{", "what can't be read is not lost");
+    }
 }

@@ -2,7 +2,7 @@
 
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 
-use super::Target;
+use super::{Target, rules};
 use crate::error::{Error, Exit};
 
 /// Codes that ask for patience: nothing was done.
@@ -37,6 +37,7 @@ const UNKNOWN_CREDENTIALS: &[&str] = &[
     "InvalidAccessKeyId",
     "InvalidClientTokenId",
     "InvalidToken",
+    "OptInRequired",
     "SignatureDoesNotMatch",
     "UnrecognizedClientException",
 ];
@@ -161,6 +162,16 @@ impl Failure {
                 || self.code.starts_with("NoSuch"))
     }
 
+    /// Whether a permission is missing.
+    pub(super) fn is_denied(&self) -> bool {
+        self.kind == Kind::Refused && (self.is_one_of(DENIED) || self.status == 403)
+    }
+
+    /// Whether AWS can't take the role that reads the bucket. Only the words tell.
+    pub(super) fn lacks_role(&self) -> bool {
+        self.call == "ec2:ImportSnapshot" && !self.is_denied() && self.message.contains("service role")
+    }
+
     fn is_one_of(&self, codes: &[&str]) -> bool {
         codes.contains(&self.code.as_str())
     }
@@ -217,6 +228,10 @@ impl Failure {
 
     fn no_credentials(&self) -> Error {
         let profile = std::env::var("AWS_PROFILE").unwrap_or_else(|_| "default".to_owned());
+        if self.message.contains("login_session") || self.message.contains("credentials-login") {
+            return publish(format!("kiln can't use the `aws login` session of the profile `{profile}`"))
+                .help("export its credentials: eval \"$(aws configure export-credentials --format env)\"");
+        }
         let error = publish("no usable AWS credentials").help(format!(
             "the SDK looked in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the profile `{profile}` (AWS_PROFILE) of \
              ~/.aws/config and ~/.aws/credentials, and for a container's or an instance's role; sign in (`aws configure`, \
@@ -230,7 +245,6 @@ impl Failure {
     }
 
     fn refused(self, short: &str, target: &Target) -> Error {
-        let bucket = &target.bucket;
         let said = format!("AWS said: {}", self.words());
         if self.is_one_of(EXPIRED) {
             return publish("the AWS credentials have expired")
@@ -238,10 +252,12 @@ impl Failure {
                 .help("sign in again (`aws sso login`, or new keys), then publish again; the disk is unchanged");
         }
         if self.is_one_of(UNKNOWN_CREDENTIALS) {
-            return publish("AWS doesn't accept these credentials").with_note(said).help(
-                "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and AWS_PROFILE; \
-                 `aws sts get-caller-identity` tells whether they work",
-            );
+            let region = &target.region;
+            return publish(format!("AWS doesn't accept these credentials in {region}")).with_note(said).help(format!(
+                "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN and AWS_PROFILE; if \
+                 `aws sts get-caller-identity` says that they work, {region} may not be enabled for the account \
+                 (`aws account enable-region --region-name {region}`)"
+            ));
         }
         if self.code == "RequestTimeTooSkewed" {
             return publish("this machine's clock differs too much from AWS's").with_note(said).help("set the clock");
@@ -258,11 +274,11 @@ impl Failure {
         if self.code == "InvalidAMIName.Duplicate" {
             return duplicate_name(target, None);
         }
-        if self.message.contains("service role") || self.message.contains("vmimport") {
-            return no_role(target).with_note(said);
+        if self.is_denied() {
+            return denied(&self, short, target);
         }
-        if self.is_one_of(DENIED) || self.status == 403 {
-            return denied(&self, short, bucket);
+        if self.lacks_role() {
+            return no_role(target).with_note(said);
         }
         if self.is_passing() {
             return publish(format!("{} could not do {short}, however often it was asked", self.place()))
@@ -273,15 +289,16 @@ impl Failure {
         if self.code.contains("LimitExceeded") {
             return error.help("raise that quota in the Service Quotas console, or remove what is no longer needed");
         }
-        error
+        error.help("change what AWS doesn't take, then publish again; the disk is unchanged")
     }
 }
 
-fn denied(failure: &Failure, short: &str, bucket: &str) -> Error {
+fn denied(failure: &Failure, short: &str, target: &Target) -> Error {
     let permission = permission(failure.call);
+    let bucket = format!("arn:{}:s3:::{}", rules::partition(&target.region), target.bucket);
     let resource = match permission {
-        "s3:ListBucket" | "s3:GetBucketLocation" => format!("arn:aws:s3:::{bucket}"),
-        _ if permission.starts_with("s3:") => format!("arn:aws:s3:::{bucket}/*"),
+        "s3:ListBucket" | "s3:ListBucketMultipartUploads" | "s3:GetBucketLocation" => bucket,
+        _ if permission.starts_with("s3:") => format!("{bucket}/*"),
         _ => "*".to_owned(),
     };
     let error = publish(format!("not permitted to call {short}"));
@@ -333,7 +350,8 @@ pub(super) fn duplicate_name(target: &Target, by: Option<&str>) -> Error {
 
 /// AWS can't take the role that reads the bucket.
 pub(super) fn no_role(target: &Target) -> Error {
-    let Target { role, bucket, .. } = target;
+    let Target { role, bucket, region, .. } = target;
+    let partition = rules::partition(region);
     publish(format!("AWS can't read the disk by the role `{role}`: it is missing, or lacks a permission")).help(format!(
         "make it once per account:\n  \
          aws iam create-role --role-name {role} --assume-role-policy-document '{{\"Version\":\"2012-10-17\",\"Statement\":\
@@ -341,7 +359,7 @@ pub(super) fn no_role(target: &Target) -> Error {
          \"Condition\":{{\"StringEquals\":{{\"sts:Externalid\":\"vmimport\"}}}}}}]}}'\n  \
          aws iam put-role-policy --role-name {role} --policy-name {role} --policy-document '{{\"Version\":\"2012-10-17\",\
          \"Statement\":[{{\"Effect\":\"Allow\",\"Action\":[\"s3:GetBucketLocation\",\"s3:GetObject\",\"s3:ListBucket\"],\
-         \"Resource\":[\"arn:aws:s3:::{bucket}\",\"arn:aws:s3:::{bucket}/*\"]}},{{\"Effect\":\"Allow\",\"Action\":\
+         \"Resource\":[\"arn:{partition}:s3:::{bucket}\",\"arn:{partition}:s3:::{bucket}/*\"]}},{{\"Effect\":\"Allow\",\"Action\":\
          [\"ec2:ModifySnapshotAttribute\",\"ec2:CopySnapshot\",\"ec2:RegisterImage\",\"ec2:Describe*\"],\"Resource\":\"*\"}}]}}'\n\
          see https://docs.aws.amazon.com/vm-import/latest/userguide/required-permissions.html"
     ))
@@ -419,6 +437,7 @@ mod tests {
             key: "kiln/web.raw".to_owned(),
             role: "vmimport".to_owned(),
             image_name: "web-1".to_owned(),
+            run: "0123456789abcdef".to_owned(),
         }
     }
 
@@ -465,13 +484,48 @@ mod tests {
         );
     }
 
+    /// Denials quote the names of users, buckets and roles, whatever they are.
+    #[test]
+    fn a_denied_call_is_no_missing_role_though_it_names_one() {
+        for (call, code, words) in [
+            (
+                "ec2:ImportSnapshot",
+                "UnauthorizedOperation",
+                "You are not authorized to perform this operation. User: arn:aws:iam::123456789012:user/vmimport-ci is not \
+                 authorized to perform: ec2:ImportSnapshot on resource: arn:aws:ec2:eu-west-1::snapshot/* because no \
+                 identity-based policy allows the ec2:ImportSnapshot action",
+            ),
+            (
+                "s3:CreateMultipartUpload",
+                "AccessDenied",
+                "User: arn:aws:sts::123456789012:assumed-role/service role/ci is not authorized to perform: s3:PutObject on \
+                 resource: \"arn:aws:s3:::acme-vmimport/kiln/web.raw\" with an explicit deny in a resource-based policy",
+            ),
+        ] {
+            let (message, help) = shown(refusal(call, 403, code, words));
+            assert_eq!(message, format!("not permitted to call {}", call.split_once(':').unwrap().1));
+            assert!(help.starts_with("allow `"), "{help}");
+        }
+        let (message, _) = shown(refusal("ec2:RegisterImage", 400, "InvalidParameter", "the service role of vmimport"));
+        assert!(message.starts_with("AWS refused RegisterImage"), "{message}");
+    }
+
+    #[test]
+    fn arns_are_of_the_regions_partition() {
+        let china = Target { region: "cn-north-1".to_owned(), ..target() };
+        let denied = refusal("s3:UploadPart", 403, "AccessDenied", "").into_error(&china);
+        assert!(denied.help.unwrap().contains(" on arn:aws-cn:s3:::images/* "));
+        assert!(no_role(&china).help.unwrap().contains("arn:aws-cn:s3:::images/*"));
+    }
+
     #[test]
     fn known_refusals_have_their_own_words() {
         let message = |call, status, code, words| shown(refusal(call, status, code, words)).0;
         assert_eq!(message("s3:HeadBucket", 404, "NotFound", ""), "there is no bucket `images`");
         assert_eq!(message("s3:PutObject", 404, "NoSuchBucket", ""), "there is no bucket `images`");
         assert_eq!(message("ec2:X", 400, "RequestExpired", "x"), "the AWS credentials have expired");
-        assert_eq!(message("ec2:X", 401, "AuthFailure", "x"), "AWS doesn't accept these credentials");
+        let refused = message("ec2:X", 401, "AuthFailure", "x");
+        assert_eq!(refused, "AWS doesn't accept these credentials in eu-west-1");
         assert_eq!(
             message("ec2:RegisterImage", 400, "InvalidAMIName.Duplicate", "x"),
             "the image name `web-1` is already taken in eu-west-1"

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use aws_sdk_ec2::types::{
     ArchitectureValues, BlockDeviceMapping, BootModeValues, EbsBlockDevice, Filter, Image, ImageState,
-    ImdsSupportValues, ResourceType, TagSpecification, VolumeType,
+    ImdsSupportValues, ResourceType, TagSpecification,
 };
 use tokio::time::Instant;
 
@@ -24,12 +24,13 @@ pub(super) fn begins(job: &Job<'_>) -> String {
 pub(super) fn plan_in_words(job: &Job<'_>) -> String {
     let request = job.request;
     format!(
-        "register {}: {}, boot mode {}, hvm, ENA{}, root {} on gp3 of {} GiB, deleted with the instance; tags {}",
+        "register {}: {}, boot mode {}, hvm, ENA{}, root {} on {} of {} GiB, deleted with the instance; tags {}",
         begins(job),
         architecture(request.arch),
         boot_mode(rules::boot_mode(request)),
         if request.imds_v2 { ", IMDS v2.0" } else { "" },
         request.root_device,
+        request.volume_type,
         request.size,
         rules::tag_pairs(request).iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(", "),
     )
@@ -92,7 +93,7 @@ async fn send(job: &Job<'_>, snapshot: &str, attempt: Try) -> Result<String, Fai
     let request = job.request;
     let volume = EbsBlockDevice::builder()
         .snapshot_id(snapshot)
-        .volume_type(VolumeType::Gp3)
+        .volume_type(request.volume_type.as_str().into())
         .volume_size(i32::try_from(request.size).unwrap_or(i32::MAX))
         .delete_on_termination(true)
         .build();

@@ -2,22 +2,23 @@
 
 use std::time::Duration;
 
+use aws_sdk_ec2::operation::import_snapshot::builders::ImportSnapshotFluentBuilder;
 use aws_sdk_ec2::types::{
     ImportSnapshotTask, ResourceType, SnapshotDiskContainer, SnapshotTaskDetail, Tag, TagSpecification, UserBucket,
 };
-use sha2::{Digest as _, Sha256};
 use tokio::time::Instant;
 
 use super::failure::{Failure, no_role, tidy};
 use super::retry::ec2_once;
 use super::undo::{Made, Undo};
-use super::upload::Uploaded;
-use super::{Job, parts, rules};
+use super::{Job, rules};
 use crate::error::{Error, Exit};
 use crate::event::Event;
 
 /// The tag that tells this run's task from all others.
 pub(super) const RUN_TAG: &str = "kiln:run";
+/// AWS's words on imports that fail.
+const TROUBLE: &str = "https://docs.aws.amazon.com/vm-import/latest/userguide/troubleshooting.html";
 /// How many looks at the task in a row may fail for passing reasons, each after the SDK's own retries.
 const BLIND: u32 = 10;
 
@@ -59,12 +60,11 @@ pub(super) fn plan_in_words(job: &Job<'_>) -> String {
 }
 
 /// Imports the object and waits for its snapshot.
-pub(super) async fn import(job: &Job<'_>, upload: &Uploaded, undo: &mut Undo) -> Result<String, Error> {
-    let run = run_id(job, upload);
-    let made = |id| Made::Task { id, run: run.clone() };
-    let (entry, answer) = job.make("the start of the import", undo, made(None), |_| start(job, &run)).await?;
+pub(super) async fn import(job: &Job<'_>, undo: &mut Undo) -> Result<String, Error> {
+    let made = Made::Task { id: None };
+    let (entry, answer) = job.make("the start of the import", undo, made, |_| start(job)).await?;
     let task = answer.map_err(|failure| job.error(failure))?;
-    undo.made(entry, made(Some(task.clone())));
+    undo.made(entry, Made::Task { id: Some(task.clone()) });
     job.events.detail(format!("import task {task}"));
     match follow(job, &task).await? {
         Ok(snapshot) => {
@@ -115,37 +115,37 @@ pub(super) fn settling(poll: Duration) -> Duration {
     (poll * 20).clamp(Duration::from_secs(5), Duration::from_mins(1))
 }
 
-/// Names what this upload is imported as. The same for every try of one upload, so that AWS starts one task however
-/// often it is asked; another for the next upload, because AWS would answer that with the old task, even a failed one.
-fn run_id(job: &Job<'_>, upload: &Uploaded) -> String {
-    let request = job.request;
-    let text = [&request.digest, &request.name, &job.target.bucket, &job.target.key, &upload.id].map(String::as_str);
-    let mut name = parts::hex(&Sha256::digest(text.join("\0")).into());
-    name.truncate(32);
-    name
+/// Whether the caller may import, and by that role. Nothing is imported; AWS answers as if it were, as far as it looks.
+pub(super) async fn permitted(job: &Job<'_>) -> Result<(), Error> {
+    let answer = job.stop.or("the permission to import", request(job).dry_run(true).send()).await?;
+    match answer.map_err(job.clients.failed("ec2:ImportSnapshot")) {
+        // Anything else may be otherwise when the object is there.
+        Err(failure) if failure.is_denied() || failure.lacks_role() => Err(job.error(failure)),
+        _ => Ok(()),
+    }
 }
 
-async fn start(job: &Job<'_>, run: &str) -> Result<String, Failure> {
+async fn start(job: &Job<'_>) -> Result<String, Failure> {
+    // The token is the same for every try, so that AWS starts one task however often it is asked.
+    let call = request(job).client_token(format!("kiln-{}", job.target.run)).customize().config_override(ec2_once());
+    let answer = call.send().await.map_err(job.clients.failed("ec2:ImportSnapshot"))?;
+    answer.import_task_id.ok_or_else(|| Failure::found("ec2:ImportSnapshot", "the answer has no task id".to_owned()))
+}
+
+fn request(job: &Job<'_>) -> ImportSnapshotFluentBuilder {
     let target = &job.target;
     let words = format!("{} {}", job.request.image_name, job.request.digest);
     let place = UserBucket::builder().s3_bucket(&target.bucket).s3_key(&target.key).build();
     let mut tags = tags(job);
-    tags.push(Tag::builder().key(RUN_TAG).value(run).build());
-    let call = job
-        .clients
+    tags.push(Tag::builder().key(RUN_TAG).value(&target.run).build());
+    let tags = TagSpecification::builder().resource_type(ResourceType::ImportSnapshotTask).set_tags(Some(tags)).build();
+    job.clients
         .ec2
         .import_snapshot()
-        .client_token(format!("kiln-{run}"))
         .role_name(&target.role)
         .description(&words)
         .disk_container(SnapshotDiskContainer::builder().format("RAW").description(&words).user_bucket(place).build())
-        .tag_specifications(
-            TagSpecification::builder().resource_type(ResourceType::ImportSnapshotTask).set_tags(Some(tags)).build(),
-        )
-        .customize()
-        .config_override(ec2_once());
-    let answer = call.send().await.map_err(job.clients.failed("ec2:ImportSnapshot"))?;
-    answer.import_task_id.ok_or_else(|| Failure::found("ec2:ImportSnapshot", "the answer has no task id".to_owned()))
+        .tag_specifications(tags)
 }
 
 /// Follows the task to the snapshot's id, or to AWS's reason why there is none.
@@ -224,7 +224,7 @@ fn judge(detail: &SnapshotTaskDetail) -> State {
 }
 
 fn import_failed(job: &Job<'_>, task: &str, message: &str) -> Error {
-    if message.contains("service role") || message.contains("vmimport") {
+    if message.contains("service role") {
         return no_role(&job.target).with_note(format!("AWS said: {message}"));
     }
     let error = Error::new(Exit::Publish, format!("AWS could not import the disk: {message}"))
@@ -238,9 +238,9 @@ fn import_failed(job: &Job<'_>, task: &str, message: &str) -> Error {
         ));
     }
     if lower.contains("disk validation failed") || lower.contains("unsupported") {
-        return error.help("AWS doesn't take this disk; `kiln check` on the output folder tells what it finds");
+        return error.help(format!("AWS doesn't take such a disk; {TROUBLE} says what it takes"));
     }
-    error.help("publish again; if it fails the same way, see https://docs.aws.amazon.com/vm-import/latest/userguide/troubleshooting.html")
+    error.help(format!("publish again; if it fails the same way, see {TROUBLE}"))
 }
 
 #[cfg(test)]

@@ -86,6 +86,8 @@ pub struct Request {
     pub imds_v2: bool,
     /// Its root device, e.g. `/dev/xvda`.
     pub root_device: String,
+    /// The type of its root volume, e.g. `gp3`.
+    pub volume_type: String,
     /// Tags for image and snapshot.
     pub tags: BTreeMap<String, String>,
     /// The role that AWS reads the bucket with; [`DEFAULT_ROLE`] without one.
@@ -121,7 +123,8 @@ pub struct Published {
     pub boot_mode: BootMode,
     /// The size of its root volume in GiB.
     pub size_gib: u64,
-    /// Nothing was made: the request only asked what would be.
+    /// Nothing was made: the request only asked what would be. Left out where something was.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub dry_run: bool,
 }
 
@@ -133,6 +136,8 @@ struct Target {
     key: String,
     role: String,
     image_name: String,
+    /// Tells this run from all others, also of the same disk: in the object's key, and on the import task.
+    run: String,
 }
 
 /// What every part of the work needs.
@@ -168,7 +173,7 @@ pub fn publish(request: &Request, events: &Events, cancel: &Cancel) -> Result<Pu
 async fn publish_or_undo(request: &Request, events: &Events, cancel: &Cancel) -> Result<Published, Error> {
     let stop = Stop::new(cancel, request.timeout);
     let clients = stop.or("the AWS configuration", Box::pin(Clients::load(request.region.as_deref()))).await??;
-    let target = rules::target(request, clients.region())?;
+    let target = rules::target(request, clients.region(), format!("{:016x}", retry::random()))?;
     let job = Job { request, target, clients, events, stop };
     job.phase("check", preflight::begins(&job), |()| String::new(), Box::pin(preflight::check(&job))).await?;
     if request.dry_run {
@@ -184,8 +189,8 @@ async fn publish_or_undo(request: &Request, events: &Events, cancel: &Cancel) ->
 
 async fn steps(job: &Job<'_>, undo: &mut Undo) -> Result<Published, Error> {
     let work = Box::pin(upload::upload(job, undo));
-    let upload = job.phase("upload", upload::begins(job), upload::Uploaded::in_words, work).await?;
-    let work = Box::pin(import::import(job, &upload, undo));
+    job.phase("upload", upload::begins(job), |parts| upload::in_words(*parts), work).await?;
+    let work = Box::pin(import::import(job, undo));
     let snapshot = job.phase("import", import::begins(job), String::clone, work).await?;
     upload::delete(job, undo).await;
     import::tag_snapshot(job, &snapshot).await?;

@@ -13,11 +13,13 @@ pub(super) fn begins(job: &Job<'_>) -> String {
     format!("credentials, the name `{}` and the bucket `{}` in {}", target.image_name, target.bucket, target.region)
 }
 
-/// The disk is as announced, the credentials work, the image's name is free, and the bucket is in the region.
+/// The disk is as announced, the credentials work, the image's name is free, the bucket is in the region, and the caller
+/// may import from it.
 pub(super) async fn check(job: &Job<'_>) -> Result<(), Error> {
     disk(&job.request.disk, job.request.size)?;
     name_is_free(job).await?;
-    bucket_is_near(job).await
+    bucket_is_near(job).await?;
+    import::permitted(job).await
 }
 
 /// Says what would be done.

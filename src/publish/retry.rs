@@ -1,6 +1,7 @@
 //! Asking again. The SDK does that for requests that may be sent twice; those that make something are sent here, one
 //! by one, because what an unanswered one has made must be known.
 
+use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::time::Duration;
 
@@ -70,8 +71,12 @@ pub(super) fn ec2_once() -> aws_sdk_ec2::config::Builder {
 /// together.
 pub(super) fn backoff(attempt: u32) -> Duration {
     let bound = Duration::from_secs(1 << attempt.saturating_sub(1).min(8)).min(Duration::from_secs(20));
-    let random = std::collections::hash_map::RandomState::new().build_hasher().finish() % 1000;
-    bound / 4 + bound * u32::try_from(random).unwrap_or(0) * 3 / 4000
+    bound / 4 + bound * u32::try_from(random() % 1000).unwrap_or(0) * 3 / 4000
+}
+
+/// A number that nobody else has. The standard library takes its hashers' keys from the system's source of randomness.
+pub(super) fn random() -> u64 {
+    RandomState::new().build_hasher().finish()
 }
 
 #[cfg(test)]

@@ -2,20 +2,21 @@
 
 use super::{Architecture, BootMode, DEFAULT_ROLE, Request, Target};
 use crate::error::{Error, Exit};
+use crate::recipe::aws::{self, Refusal};
 
-/// The largest volume that EBS has, in GiB.
-const LARGEST: u64 = 64 << 10;
-const TAGS: usize = 50;
-/// Tags that kiln itself sets.
-const OWN_TAGS: usize = 4;
+/// In GiB. S3 takes 10,000 parts of 5 GiB in an object, which is less than the largest volume.
+const LARGEST: u64 = 50_000;
 
 /// Whether the request can be carried out at all, as far as that shows without a connection.
 pub(super) fn check(request: &Request) -> Result<(), Error> {
     image_name(&request.image_name)?;
-    description(&request.description)?;
+    aws::description(&request.description).map_err(refused)?;
+    if let Some(bucket) = bucket(request) {
+        aws::bucket(bucket).map_err(refused)?;
+    }
     if request.size == 0 || request.size > LARGEST {
         return Err(input(format!("a disk of {} GiB can't be published", request.size))
-            .help("EBS volumes have 1 GiB to 64 TiB"));
+            .help(format!("it must have 1 to {LARGEST} GiB: S3 takes no larger object")));
     }
     if request.arch == Architecture::Arm64 && request.boot_mode == BootMode::LegacyBios {
         return Err(input("arm64 instances don't boot by `legacy-bios`").help("set boot_mode = \"uefi\" in [publish]"));
@@ -25,22 +26,37 @@ pub(super) fn check(request: &Request) -> Result<(), Error> {
             input(format!("`{}` is not a root device", request.root_device)).help("use `/dev/xvda` or `/dev/sda1`")
         );
     }
-    tags(request)
+    aws::tag_count(&request.tags).map_err(refused)?;
+    request.tags.iter().try_for_each(|(key, value)| aws::tag(key, value)).map_err(refused)
 }
 
-/// Settles where everything goes.
-pub(super) fn target(request: &Request, region: &str) -> Result<Target, Error> {
-    let bucket = request.bucket.clone().filter(|bucket| !bucket.is_empty()).ok_or_else(|| {
+/// Settles where everything goes; `run` is of this run only.
+pub(super) fn target(request: &Request, region: &str, run: String) -> Result<Target, Error> {
+    let bucket = bucket(request).ok_or_else(|| {
         input("no bucket to upload the disk to")
             .help(format!("name one that is in {region}, with --bucket or as `bucket` in the recipe's [publish]"))
     })?;
     Ok(Target {
         region: region.to_owned(),
-        key: key(&request.prefix, &request.name, &request.digest),
-        bucket,
+        key: key(&request.prefix, &request.name, &request.digest, &run),
+        bucket: bucket.to_owned(),
         role: request.role.clone().unwrap_or_else(|| DEFAULT_ROLE.to_owned()),
         image_name: request.image_name.clone(),
+        run,
     })
+}
+
+fn bucket(request: &Request) -> Option<&str> {
+    request.bucket.as_deref().filter(|bucket| !bucket.is_empty())
+}
+
+/// The part of AWS that a region is in, as ARNs name it.
+pub(super) fn partition(region: &str) -> &'static str {
+    match region {
+        _ if region.starts_with("cn-") => "aws-cn",
+        _ if region.starts_with("us-gov-") => "aws-us-gov",
+        _ => "aws",
+    }
 }
 
 /// The boot mode to register. Graviton has UEFI only, so there the preferred one is the only one.
@@ -60,11 +76,12 @@ pub(super) fn tag_pairs(request: &Request) -> Vec<(String, String)> {
     pairs.into_iter().collect()
 }
 
-fn key(prefix: &str, name: &str, digest: &str) -> String {
+/// The same for no two runs: what is found under it after a failure is this run's, and nobody else's is overwritten.
+fn key(prefix: &str, name: &str, digest: &str, run: &str) -> String {
     let short: String = digest.chars().take(16).collect();
     match prefix.trim_matches('/') {
-        "" => format!("{name}-{short}.raw"),
-        prefix => format!("{prefix}/{name}-{short}.raw"),
+        "" => format!("{name}-{short}-{run}.raw"),
+        prefix => format!("{prefix}/{name}-{short}-{run}.raw"),
     }
 }
 
@@ -81,39 +98,8 @@ fn image_name(name: &str) -> Result<(), Error> {
     }
 }
 
-fn description(text: &str) -> Result<(), Error> {
-    let length = text.chars().count();
-    if length > 255 {
-        return Err(input(format!("the image's description has {length} characters")).help("AWS takes up to 255"));
-    }
-    // AWS refuses anything else in RegisterImage, and says so only after the import.
-    match text.chars().find(|c| !c.is_ascii() || c.is_ascii_control()) {
-        Some(wrong) => Err(input(format!("the image's description has a `{}`", wrong.escape_default()))
-            .help("AWS takes only printable ASCII characters there")),
-        None => Ok(()),
-    }
-}
-
-fn tags(request: &Request) -> Result<(), Error> {
-    if request.tags.len() + OWN_TAGS > TAGS {
-        return Err(input(format!("{} tags are too many", request.tags.len()))
-            .help(format!("AWS takes {TAGS}, and kiln sets {OWN_TAGS} itself")));
-    }
-    for (key, value) in &request.tags {
-        let wrong = if key.is_empty() || key.chars().count() > 128 {
-            "AWS takes 1 to 128 characters in a tag's key"
-        } else if value.chars().count() > 256 {
-            "AWS takes up to 256 characters in a tag's value"
-        } else if key.to_ascii_lowercase().starts_with("aws:") {
-            "keys that start with `aws:` are AWS's own"
-        } else if key.starts_with("kiln:") {
-            "keys that start with `kiln:` are kiln's own"
-        } else {
-            continue;
-        };
-        return Err(input(format!("the tag `{key}` can't be set")).help(wrong));
-    }
-    Ok(())
+fn refused(refusal: Refusal) -> Error {
+    input(refusal.message).help(refusal.help)
 }
 
 fn input(message: impl Into<String>) -> Error {
@@ -143,6 +129,7 @@ mod tests {
             boot_mode: BootMode::UefiPreferred,
             imds_v2: true,
             root_device: "/dev/xvda".to_owned(),
+            volume_type: "gp3".to_owned(),
             tags: BTreeMap::new(),
             role: None,
             parallel: 4,
@@ -176,29 +163,20 @@ mod tests {
         assert_eq!(refused(|r| r.image_name = "a:b c".to_owned()), "the image name `a:b c` has a `:`");
         assert_eq!(refused(|r| r.image_name = "wéb".to_owned()), "the image name `wéb` has a `\\u{e9}`");
         assert!(refused(|r| r.image_name = "x".repeat(129)).ends_with("has 129 characters"));
-        assert_eq!(refused(|r| r.description = "x".repeat(256)), "the image's description has 256 characters");
-        assert_eq!(refused(|r| r.description = "naïve".to_owned()), "the image's description has a `\\u{ef}`");
+        assert_eq!(refused(|r| r.description = "naïve".to_owned()), "an image's description can't contain `ï`");
+        let bucket = refused(|r| r.bucket = Some("s3://images/x".to_owned()));
+        assert_eq!(bucket, "the bucket is wanted by its name, not by an address");
+        assert_eq!(
+            refused(|r| drop(r.tags.insert("kiln:x".to_owned(), String::new()))),
+            "the tag `kiln:x` can't be set"
+        );
+        let many = |r: &mut Request| r.tags = (0..47).map(|n| (n.to_string(), String::new())).collect();
+        assert_eq!(refused(many), "47 tags are too many");
         assert_eq!(refused(|r| r.size = 0), "a disk of 0 GiB can't be published");
+        assert_eq!(refused(|r| r.size = 50_001), "a disk of 50001 GiB can't be published");
         assert_eq!(refused(|r| r.root_device = "xvda".to_owned()), "`xvda` is not a root device");
         let arm = refused(|r| (r.arch, r.boot_mode) = (Architecture::Arm64, BootMode::LegacyBios));
         assert_eq!(arm, "arm64 instances don't boot by `legacy-bios`");
-    }
-
-    #[test]
-    fn tags_keep_aws_rules_and_kilns_names() {
-        let with = |key: &str, value: String| {
-            refused(|r| {
-                r.tags.insert(key.to_owned(), value);
-            })
-        };
-        assert_eq!(with("aws:x", String::new()), "the tag `aws:x` can't be set");
-        assert_eq!(with("kiln:digest", String::new()), "the tag `kiln:digest` can't be set");
-        assert_eq!(with("", String::new()), "the tag `` can't be set");
-        assert_eq!(with("k", "v".repeat(257)), "the tag `k` can't be set");
-        assert_eq!(
-            refused(|r| r.tags = (0..47).map(|n| (n.to_string(), String::new())).collect()),
-            "47 tags are too many"
-        );
     }
 
     #[test]
@@ -213,17 +191,24 @@ mod tests {
     }
 
     #[test]
-    fn the_key_has_prefix_name_and_the_digests_start() {
-        assert_eq!(target(&request(), "eu-west-1").unwrap().key, "kiln/web-0123456789abcdef.raw");
-        assert_eq!(key("", "web", "ab"), "web-ab.raw");
-        assert_eq!(key("/a/b//", "web", "ab"), "a/b/web-ab.raw");
+    fn the_key_has_prefix_name_the_digests_start_and_the_run() {
+        let target = target(&request(), "eu-west-1", "r".to_owned()).unwrap();
+        assert_eq!(target.key, "kiln/web-0123456789abcdef-r.raw");
+        assert_eq!(key("", "web", "ab", "r"), "web-ab-r.raw");
+        assert_eq!(key("/a/b//", "web", "ab", "r"), "a/b/web-ab-r.raw");
+    }
+
+    #[test]
+    fn a_regions_partition_is_told_by_its_name() {
+        let regions = ["eu-west-1", "us-east-1", "cn-north-1", "us-gov-west-1"];
+        assert_eq!(regions.map(partition), ["aws", "aws", "aws-cn", "aws-us-gov"]);
     }
 
     #[test]
     fn no_bucket_is_an_error_that_says_where_to_name_it() {
         let mut request = request();
         request.bucket = None;
-        let error = target(&request, "eu-west-1").unwrap_err();
+        let error = target(&request, "eu-west-1", String::new()).unwrap_err();
         assert_eq!((error.exit, error.message.as_str()), (Exit::Input, "no bucket to upload the disk to"));
         assert!(error.help.unwrap().contains("eu-west-1"));
     }

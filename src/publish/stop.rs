@@ -30,9 +30,7 @@ impl Stop {
         let subscription = cancel.subscribe(move || {
             let _ = ask.send(true);
         });
-        // Far enough for anyone; `Instant` overflows on absurd durations.
-        let reach = limit.min(Duration::from_hours(365 * 24));
-        Self { cancel: cancel.clone(), asked, deadline: Instant::now() + reach, limit, _subscription: subscription }
+        Self { cancel: cancel.clone(), asked, deadline: Instant::now() + limit, limit, _subscription: subscription }
     }
 
     /// Whether to go on; `what` is what comes next.
@@ -82,7 +80,7 @@ impl Stop {
     fn timed_out(&self, what: &str) -> Error {
         let limit = show_duration(self.limit);
         Error::new(Exit::TimedOut, format!("publishing did not end within {limit}; it waited for {what}"))
-            .help("publish again with a longer timeout; the disk is unchanged")
+            .help("publish again with a longer --timeout; the disk is unchanged")
     }
 }
 

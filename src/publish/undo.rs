@@ -5,12 +5,13 @@
 
 use std::time::Duration;
 
+use aws_sdk_ec2::types::Tag;
 use tokio::time::{sleep, timeout};
 
 use super::failure::{Failure, Kind};
 use super::import::{RUN_TAG, State, look};
 use super::{Job, image, upload};
-use crate::error::Error;
+use crate::error::{Error, Exit};
 use crate::event::Event;
 
 /// How long the undoing of one thing may take.
@@ -26,12 +27,11 @@ const GONE: u32 = 3;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Made {
     /// A multipart upload of the target's key; while it is `completing`, there may be the object instead.
-    /// One that is in `others` was there before.
-    Upload { id: Option<String>, others: Vec<String>, completing: bool },
+    Upload { id: Option<String>, completing: bool },
     /// The target's object.
     Object { version: Option<String> },
-    /// An import task, tagged with `run`.
-    Task { id: Option<String>, run: String },
+    /// An import task, tagged with the target's run.
+    Task { id: Option<String> },
     /// A snapshot.
     Snapshot { id: String },
     /// The target's image, made from `snapshot`.
@@ -80,10 +80,21 @@ impl Undo {
         }
         let started = std::time::Instant::now();
         job.events.emit(Event::PhaseStarted { phase: "undo", detail: "taking back what was made".to_owned() });
+        announce(job, &made, &error);
         let before = error.notes.len();
+        let mut held = None;
         for made in &made {
-            if let Err(left) = take_back(job, made).await {
+            let ended = match made {
+                Made::Snapshot { id } if held == Some(id) => {
+                    Err(Left::because("the image uses it").describe(job, made))
+                }
+                made => take_back(job, made).await,
+            };
+            if let Err(left) = ended {
                 error.notes.push(format!("left behind: {left}"));
+                if let Made::Image { id: Some(_), snapshot } = made {
+                    held = Some(snapshot);
+                }
             }
         }
         let detail = match error.notes.len() - before {
@@ -95,15 +106,28 @@ impl Undo {
     }
 }
 
+/// Names what is about to be taken back: whoever ends kiln meanwhile knows what to look for. After a signal that is likely,
+/// and then it is said to those too who want to see only warnings.
+fn announce(job: &Job<'_>, made: &[Made], error: &Error) {
+    let list: Vec<String> = made.iter().map(|made| in_words(job, made)).collect();
+    let message = format!("taking back {}", list.join(", "));
+    job.events.emit(match error.exit {
+        Exit::Signal(_) => {
+            Event::Warning { message, help: Some("wait for it; a second signal leaves it there".to_owned()) }
+        }
+        _ => Event::Note { message },
+    });
+}
+
 /// Deletes one thing, which may turn out to be another, or nothing. An error says what is left, why, and how to delete it by hand.
 async fn take_back(job: &Job<'_>, made: &Made) -> Result<(), String> {
     let ended = timeout(EACH, async {
         match made {
             Made::Image { id, snapshot } => undo_image(job, id.as_deref(), snapshot).await,
             Made::Snapshot { id } => delete_snapshot(job, id).await,
-            Made::Task { id, run } => undo_task(job, id.as_deref(), run).await,
+            Made::Task { id } => undo_task(job, id.as_deref()).await,
             Made::Object { version } => delete_object(job, version.as_deref()).await,
-            Made::Upload { id, others, completing } => undo_upload(job, id.as_deref(), others, *completing).await,
+            Made::Upload { id, completing } => undo_upload(job, id.as_deref(), *completing).await,
         }
     });
     match ended.await {
@@ -156,9 +180,9 @@ fn in_words(job: &Job<'_>, made: &Made) -> String {
         Made::Image { id: Some(id), .. } => format!("image {id} in {}", target.region),
         Made::Image { id: None, .. } => format!("perhaps an image `{}` in {}", target.image_name, target.region),
         Made::Snapshot { id } => format!("snapshot {id} in {}", target.region),
-        Made::Task { id: Some(id), .. } => format!("import task {id} in {}", target.region),
-        Made::Task { id: None, run } => {
-            format!("perhaps an import task with the tag {RUN_TAG}={run} in {}", target.region)
+        Made::Task { id: Some(id) } => format!("import task {id} in {}", target.region),
+        Made::Task { id: None } => {
+            format!("perhaps an import task with the tag {RUN_TAG}={} in {}", target.run, target.region)
         }
         Made::Object { .. } => format!("object s3://{}/{}", target.bucket, target.key),
         Made::Upload { id: None, .. } => {
@@ -179,7 +203,7 @@ fn by_hand(job: &Job<'_>, made: &Made) -> String {
             target.image_name
         ),
         Made::Snapshot { id } => format!("aws ec2 delete-snapshot --region {region} --snapshot-id {id}"),
-        Made::Task { id, .. } => {
+        Made::Task { id } => {
             let id = id.as_deref().unwrap_or("ID");
             format!("aws ec2 cancel-import-task --region {region} --import-task-id {id}")
         }
@@ -241,13 +265,13 @@ async fn delete_snapshot(job: &Job<'_>, id: &str) -> Result<Option<Made>, Left> 
     Left::unless(deleted.await, Made::Snapshot { id: id.to_owned() })
 }
 
-async fn undo_task(job: &Job<'_>, id: Option<&str>, run: &str) -> Result<Option<Made>, Left> {
+async fn undo_task(job: &Job<'_>, id: Option<&str>) -> Result<Option<Made>, Left> {
     let id = match id {
         Some(id) => Some(id.to_owned()),
-        None => search(|| find_task(job, run)).await?,
+        None => search(|| find_task(job)).await?,
     };
     let Some(id) = id else { return Err(Left::because("no answer to ImportSnapshot came, and there is none so far")) };
-    let task = || Some(Made::Task { id: Some(id.clone()), run: run.to_owned() });
+    let task = || Some(Made::Task { id: Some(id.clone()) });
     match cancel_task(job, &id).await {
         Ok(deleted) => Ok(deleted.or_else(task)),
         Err(left) => Err(Left { found: left.found.or_else(task), ..left }),
@@ -279,15 +303,14 @@ async fn cancel_task(job: &Job<'_>, id: &str) -> Result<Option<Made>, Left> {
     }
 }
 
-async fn find_task(job: &Job<'_>, run: &str) -> Result<Option<String>, Failure> {
+async fn find_task(job: &Job<'_>) -> Result<Option<String>, Failure> {
     let mut next = None;
     loop {
         let call = job.clients.ec2.describe_import_snapshot_tasks().set_next_token(next);
         let answer = call.send().await.map_err(job.clients.failed("ec2:DescribeImportSnapshotTasks"))?;
-        let own = answer
-            .import_snapshot_tasks()
-            .iter()
-            .find(|task| task.tags().iter().any(|tag| tag.key() == Some(RUN_TAG) && tag.value() == Some(run)));
+        let run = Some(job.target.run.as_str());
+        let is_own = |tag: &Tag| tag.key() == Some(RUN_TAG) && tag.value() == run;
+        let own = answer.import_snapshot_tasks().iter().find(|task| task.tags().iter().any(is_own));
         if let Some(id) = own.and_then(|task| task.import_task_id()) {
             return Ok(Some(id.to_owned()));
         }
@@ -308,28 +331,28 @@ async fn delete_object(job: &Job<'_>, version: Option<&str>) -> Result<Option<Ma
     Left::unless(deleted.await, Made::Object { version: version.map(str::to_owned) })
 }
 
-async fn undo_upload(
-    job: &Job<'_>,
-    id: Option<&str>,
-    others: &[String],
-    completing: bool,
-) -> Result<Option<Made>, Left> {
+async fn undo_upload(job: &Job<'_>, id: Option<&str>, completing: bool) -> Result<Option<Made>, Left> {
     let id = match id {
         Some(id) => Some(id.to_owned()),
-        None => search(|| upload::find(job, others)).await?,
+        None => search(|| upload::find(job)).await?,
     };
     let Some(id) = id else {
         return Err(Left::because("no answer to CreateMultipartUpload came, and there is none so far"));
     };
-    let made = || Made::Upload { id: Some(id.clone()), others: Vec::new(), completing };
+    let made = || Made::Upload { id: Some(id.clone()), completing };
     if let Err(failure) = abort(job, &id).await {
         return Left::unless(Err(failure), made());
     }
     // Only now: until it is aborted, S3 may still be putting the object together.
-    if completing && let Some(object) = upload::object(job).await? {
-        return delete_object(job, object.version.as_deref()).await;
+    if !completing {
+        return Ok(Some(made()));
     }
-    Ok(Some(made()))
+    match upload::object(job).await {
+        Ok(None) => Ok(Some(made())),
+        Ok(Some(object)) => delete_object(job, object.version.as_deref()).await,
+        // To look takes a permission of its own. What isn't there can be deleted too.
+        Err(_) => delete_object(job, None).await,
+    }
 }
 
 async fn abort(job: &Job<'_>, id: &str) -> Result<(), Failure> {
@@ -372,8 +395,8 @@ mod tests {
     #[test]
     fn a_note_changes_with_what_is_known_and_goes_when_nothing_was_made() {
         let mut undo = Undo::default();
-        let upload = undo.will_make(Made::Upload { id: None, others: Vec::new(), completing: false });
-        let task = undo.will_make(Made::Task { id: None, run: "r".to_owned() });
+        let upload = undo.will_make(Made::Upload { id: None, completing: false });
+        let task = undo.will_make(Made::Task { id: None });
         undo.made(upload, Made::Object { version: None });
         undo.forget(task);
         undo.will_make(Made::Snapshot { id: "snap-1".to_owned() });

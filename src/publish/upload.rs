@@ -12,7 +12,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::sleep;
 
 use super::Job;
-use super::failure::{Failure, Kind};
+use super::failure::Failure;
 use super::parts::{self, Digest, Part, Parts};
 use super::retry::{Try, backoff, s3_once};
 use super::undo::{Made, Undo};
@@ -29,17 +29,9 @@ const READ: usize = 256 << 10;
 /// S3 puts the parts together before it answers.
 const COMPLETE: Duration = Duration::from_mins(5);
 
-/// A whole object in the bucket.
-pub(super) struct Uploaded {
-    /// Names this upload, and no other; also after a restart that resumes it.
-    pub(super) id: String,
-    parts: usize,
-}
-
-impl Uploaded {
-    pub(super) fn in_words(&self) -> String {
-        format!("{} parts, each with its SHA-256", self.parts)
-    }
+/// What came of it: so many parts.
+pub(super) fn in_words(parts: usize) -> String {
+    format!("{parts} parts, each with its SHA-256")
 }
 
 pub(super) fn begins(job: &Job<'_>) -> String {
@@ -52,8 +44,8 @@ pub(super) fn plan_in_words(job: &Job<'_>) -> Result<String, Error> {
     Ok(format!("upload {} in {} parts ({} in parts with data)", begins(job), parts.all.len(), Size(parts.data())))
 }
 
-/// Uploads the disk.
-pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<Uploaded, Error> {
+/// Uploads the disk; gives the number of its parts.
+pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<usize, Error> {
     let (file, parts) = open(job)?;
     let before = stamp(job, &file)?;
     let (entry, id) = create(job, undo).await?;
@@ -79,7 +71,7 @@ pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<Uploaded, E
         .help("publish it again when nothing writes to it"));
     }
     Box::pin(complete(job, undo, entry, &id, sent)).await?;
-    Ok(Uploaded { id, parts })
+    Ok(parts)
 }
 
 /// Deletes the object. Nothing fails if that fails: the disk is imported already.
@@ -104,41 +96,26 @@ fn stamp(job: &Job<'_>, file: &File) -> Result<(u64, Option<std::time::SystemTim
 }
 
 async fn create(job: &Job<'_>, undo: &mut Undo) -> Result<(usize, String), Error> {
-    // To list them takes a permission of its own. Without it, nothing can be found after a lost answer either.
-    let others = job.stop.or("the list of uploads", unfinished(job)).await?.unwrap_or_default();
-    if !others.is_empty() {
-        job.events.warn(format!(
-            "{} unfinished upload(s) of this disk are in the bucket `{}`, from interrupted runs or one that still goes on",
-            others.len(),
-            job.target.bucket
-        ));
-    }
-    let made = |id| Made::Upload { id, others: others.clone(), completing: false };
-    let what = "the start of the upload";
-    let (entry, answer) = job.make(what, undo, made(None), |attempt| begin(job, &others, attempt)).await?;
+    let made = |id| Made::Upload { id, completing: false };
+    let (entry, answer) = job.make("the start of the upload", undo, made(None), |attempt| begin(job, attempt)).await?;
     let id = answer.map_err(|failure| job.error(failure))?;
     undo.made(entry, made(Some(id.clone())));
     Ok((entry, id))
 }
 
-/// The unfinished uploads of the target's key.
-async fn unfinished(job: &Job<'_>) -> Result<Vec<String>, Failure> {
+/// The unfinished upload of the target's key, which is no other run's.
+pub(super) async fn find(job: &Job<'_>) -> Result<Option<String>, Failure> {
     let target = &job.target;
     let call = job.clients.s3.list_multipart_uploads().bucket(&target.bucket).prefix(&target.key);
     let answer = call.send().await.map_err(job.clients.failed("s3:ListMultipartUploads"))?;
-    let of_key = answer.uploads().iter().filter(|upload| upload.key() == Some(&target.key));
-    Ok(of_key.filter_map(|upload| upload.upload_id().map(str::to_owned)).collect())
+    let own = answer.uploads().iter().find(|upload| upload.key() == Some(&target.key));
+    Ok(own.and_then(|upload| upload.upload_id()).map(str::to_owned))
 }
 
-/// The unfinished upload that is not one of `others`: this run's, though its id was never told.
-pub(super) async fn find(job: &Job<'_>, others: &[String]) -> Result<Option<String>, Failure> {
-    Ok(unfinished(job).await?.into_iter().find(|id| !others.contains(id)))
-}
-
-async fn begin(job: &Job<'_>, others: &[String], attempt: Try) -> Result<String, Failure> {
+async fn begin(job: &Job<'_>, attempt: Try) -> Result<String, Failure> {
     // Asked twice, S3 begins two uploads: an earlier request's is used.
     if attempt.doubtful
-        && let Ok(Some(id)) = find(job, others).await
+        && let Some(id) = find(job).await?
     {
         return Ok(id);
     }
@@ -312,16 +289,17 @@ async fn complete(job: &Job<'_>, undo: &mut Undo, entry: usize, id: &str, sent: 
         .config_override(aws_sdk_s3::config::Builder::new().timeout_config(timeouts));
     let what = "S3 to put the parts together";
     job.stop.check(what)?;
-    undo.made(entry, Made::Upload { id: Some(id.to_owned()), others: Vec::new(), completing: true });
+    undo.made(entry, Made::Upload { id: Some(id.to_owned()), completing: true });
     let (version, checksum) = match job.stop.creating(what, call.send()).await? {
         Ok(answer) => (answer.version_id, answer.checksum_sha256),
         Err(error) => {
             let failure = job.clients.failed("s3:CompleteMultipartUpload")(error);
             // If the first answer was lost and the SDK asked again, the upload is gone because it became the object.
-            match job.call("the uploaded object", Box::pin(object(job))).await? {
-                Some(object) if failure.code == "NoSuchUpload" && object.checksum.as_deref() == Some(&whole) => {
-                    (object.version, object.checksum)
-                }
+            if failure.code != "NoSuchUpload" {
+                return Err(job.error(failure));
+            }
+            match job.stop.or("the uploaded object", Box::pin(object(job))).await? {
+                Ok(Some(object)) if object.checksum.as_deref() == Some(&whole) => (object.version, object.checksum),
                 _ => return Err(job.error(failure)),
             }
         }
@@ -354,7 +332,7 @@ pub(super) async fn object(job: &Job<'_>) -> Result<Option<Object>, Failure> {
         job.clients.s3.head_object().bucket(&target.bucket).key(&target.key).checksum_mode(ChecksumMode::Enabled);
     match head.send().await.map_err(job.clients.failed("s3:HeadObject")) {
         Ok(head) => Ok(Some(Object { version: real_version(head.version_id), checksum: head.checksum_sha256 })),
-        Err(failure) if failure.kind == Kind::Refused && !failure.is_passing() => Ok(None),
+        Err(failure) if failure.is_not_found() => Ok(None),
         Err(failure) => Err(failure),
     }
 }

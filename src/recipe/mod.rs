@@ -3,6 +3,7 @@
 //! Pure: nothing here touches a file, the clock, the environment or a process. Paths are only joined and looked at as
 //! text; whether they exist is for `build` to find out.
 
+pub mod aws;
 mod image_name;
 mod publish;
 mod read;

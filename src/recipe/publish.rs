@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::reader::{Fields, Found};
-use super::{Arch, Base, image_name, words};
+use super::{Arch, Base, aws, image_name, words};
 
 /// How the image is published. Nothing is needed to build.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -101,20 +101,22 @@ pub(super) fn read(top: &Fields<'_>, name: &str, base: Option<&Base>) -> Publish
     let Some(fields) = top.table("publish", "[publish]", &KNOWN) else { return publish };
     publish.span = Some(fields.origin.span.clone());
     (publish.image_name, publish.image_name_span) = split(image_name(&fields, name));
-    publish.description = checked(&fields, "description", description).map(|found| found.value);
+    publish.description =
+        checked(&fields, "description", |text| aws::description(text).map_err(told)).map(|found| found.value);
     regions(&fields, &mut publish);
-    (publish.bucket, publish.bucket_span) = split(checked(&fields, "bucket", bucket));
+    (publish.bucket, publish.bucket_span) = split(checked(&fields, "bucket", |text| aws::bucket(text).map_err(told)));
     publish.prefix = checked(&fields, "prefix", prefix).map(|found| found.value);
     (publish.boot_mode, publish.boot_mode_span) = split(boot_mode(&fields, base));
     publish.imds = fields.word("imds").map(|found| found.value);
     publish.volume_type = fields.word("volume_type").map(|found| found.value).unwrap_or_default();
     publish.root_device = checked(&fields, "root_device", root_device).map(|found| found.value);
     publish.role = checked(&fields, "role", role).map(|found| found.value);
-    publish.tags = fields.map("tags", tag);
-    if publish.tags.len() > 50
+    publish.tags = fields.map("tags", |key, value| aws::tag(key, value).map_err(told));
+    if let Err(refused) = aws::tag_count(&publish.tags)
         && let Some(entry) = fields.entry("tags")
     {
-        fields.reader.refuse(&entry.key_origin, "AWS takes 50 tags at most", None);
+        let (message, help) = told(refused);
+        fields.reader.refuse(&entry.key_origin, message, help);
     }
     publish
 }
@@ -123,6 +125,10 @@ type Refusal = (String, Option<String>);
 
 fn refusal(message: impl Into<String>, help: &str) -> Refusal {
     (message.into(), Some(help.to_owned()))
+}
+
+fn told(refused: aws::Refusal) -> Refusal {
+    (refused.message, Some(refused.help))
 }
 
 fn split<T>(found: Option<Found<T>>) -> (Option<T>, Option<Range<usize>>) {
@@ -145,14 +151,6 @@ fn image_name(fields: &Fields<'_>, name: &str) -> Option<Found<String>> {
     checked(fields, "image_name", |template| {
         image_name::check(template, name).map_err(|error| (error.message, error.help))
     })
-}
-
-fn description(text: &str) -> Result<(), Refusal> {
-    let count = text.chars().count();
-    if count > 255 {
-        return Err((format!("AWS takes 255 characters of description, not {count}"), None));
-    }
-    Ok(())
 }
 
 fn regions(fields: &Fields<'_>, publish: &mut Publish) {
@@ -183,30 +181,6 @@ fn region(text: &str) -> Result<(), Refusal> {
         return Err(refusal(message, &format!("it is a zone of `{zone}`")));
     }
     Err(refusal(message, "regions are written like `eu-central-1`"))
-}
-
-fn bucket(text: &str) -> Result<(), Refusal> {
-    if let Some(rest) = text.strip_prefix("s3://") {
-        let (name, key) = rest.split_once('/').unwrap_or((rest, ""));
-        let help = match key {
-            "" => format!("write `bucket = \"{name}\"`"),
-            _ => format!("write `bucket = \"{name}\"` and `prefix = \"{key}\"`"),
-        };
-        return Err(refusal("`bucket` wants a name, not an address", &help));
-    }
-    let edge = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
-    let fits = (3..=63).contains(&text.len())
-        && text.starts_with(edge)
-        && text.ends_with(edge)
-        && text.chars().all(|c| edge(c) || c == '-' || c == '.')
-        && !text.contains("..");
-    if fits {
-        return Ok(());
-    }
-    Err(refusal(
-        format!("`{text}` can't be a bucket"),
-        "buckets have 3 to 63 lowercase letters, digits, `-` and `.`, and begin and end with a letter or digit",
-    ))
 }
 
 fn prefix(text: &str) -> Result<(), Refusal> {
@@ -255,20 +229,6 @@ fn role(text: &str) -> Result<(), Refusal> {
             format!("`{text}` can't be a role"),
             "roles have at most 64 letters, digits and `+=,.@_-`",
         ));
-    }
-    Ok(())
-}
-
-fn tag(key: &str, value: &str) -> Result<(), Refusal> {
-    if key.to_ascii_lowercase().starts_with("aws:") {
-        return Err((format!("`{key}` is reserved: tags that start with aws: are AWS's own"), None));
-    }
-    let (keys, values) = (key.chars().count(), value.chars().count());
-    if !(1..=128).contains(&keys) {
-        return Err((format!("a tag's key has 1 to 128 characters, not {keys}"), None));
-    }
-    if values > 256 {
-        return Err((format!("a tag's value has at most 256 characters, not {values}"), None));
     }
     Ok(())
 }

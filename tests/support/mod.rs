@@ -1,5 +1,6 @@
 //! A workbench for one test: a folder with a base, a recipe and a cache, kiln run in it, and a look at what is left.
 
+mod aws;
 mod base;
 
 use std::ffi::OsStr;
@@ -11,6 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
+pub(crate) use aws::Aws;
 pub(crate) use base::{Base, tool, write_base};
 
 /// Nothing here takes longer unless it hangs.
@@ -72,6 +74,13 @@ impl Bench {
 
     pub(crate) fn read(&self, name: &str) -> String {
         String::from_utf8_lossy(&std::fs::read(self.path(name)).unwrap()).into_owned()
+    }
+
+    /// Changes the manifest of `out/web`.
+    pub(crate) fn manifest(&self, change: impl FnOnce(&mut Value)) {
+        let mut manifest = serde_json::from_str(&self.read("out/web/manifest.json")).unwrap();
+        change(&mut manifest);
+        self.write("out/web/manifest.json", manifest.to_string());
     }
 
     /// Writes `web.toml`: this base, no network unless `more` says otherwise, and `more`.
@@ -206,6 +215,11 @@ impl Kiln {
 
     pub(crate) fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
         self.command.arg(argument);
+        self
+    }
+
+    pub(crate) fn args<S: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = S>) -> Self {
+        self.command.args(arguments);
         self
     }
 

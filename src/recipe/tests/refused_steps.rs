@@ -217,7 +217,7 @@ const PUBLISHING: &[(&str, &str, &str)] = &[
     (
         "\"my-import-bucket\"",
         "\"s3://b/images\"",
-        "48:10 `\"s3://b/images\"`: `bucket` wants a name, not an address; write `bucket = \"b\"` and `prefix = \"images\"`",
+        "48:10 `\"s3://b/images\"`: the bucket is wanted by its name, not by an address; write `b`, and `prefix = \"images\"` in the recipe's [publish]",
     ),
     (
         "\"my-import-bucket\"",
@@ -250,7 +250,7 @@ const PUBLISHING: &[(&str, &str, &str)] = &[
     (
         "imds = \"v2.0\"",
         "tags = { \"aws:x\" = \"y\" }",
-        "50:10 `\"aws:x\"`: `aws:x` is reserved: tags that start with aws: are AWS's own",
+        "50:10 `\"aws:x\"`: the tag `aws:x` can't be set; keys that start with `aws:` are AWS's own",
     ),
     (
         "imds = \"v2.0\"",
@@ -260,7 +260,17 @@ const PUBLISHING: &[(&str, &str, &str)] = &[
     (
         "imds = \"v2.0\"",
         "description = \"xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\"",
-        "50:15 `\"xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\"`: AWS takes 255 characters of description, not 256",
+        "50:15 `\"xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\"`: an image's description can't have 256 characters; AWS takes up to 255",
+    ),
+    (
+        "imds = \"v2.0\"",
+        "description = \"naïve\"",
+        "50:15 `\"naïve\"`: an image's description can't contain `ï`; AWS takes only printable ASCII characters there",
+    ),
+    (
+        "imds = \"v2.0\"",
+        "tags = { \"kiln:x\" = \"y\" }",
+        "50:10 `\"kiln:x\"`: the tag `kiln:x` can't be set; keys that start with `kiln:` are kiln's own",
     ),
 ];
 

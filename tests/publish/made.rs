@@ -1,0 +1,180 @@
+//! What is made, from which requests, and that passing trouble changes nothing about it.
+
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use super::{NOTHING, Stage};
+use crate::support::tool;
+
+/// The parameters of the only call of an action, next to dry runs.
+#[track_caller]
+fn only(stage: &Stage, action: &str) -> Value {
+    let mut calls = stage.aws.requests(action);
+    calls.retain(|call| call["status"] == 200);
+    assert_eq!(calls.len(), 1, "{action}: {calls:?}");
+    calls[0]["parameters"].clone()
+}
+
+#[test]
+fn an_image_with_all_that_it_needs() {
+    let stage = Stage::new();
+    stage.aws.control("POST", "images", Some(&json!({ "describes": 3 })));
+    let image = stage.published(stage.publish().run());
+
+    let register = only(&stage, "ec2:RegisterImage");
+    for (key, value) in [
+        ("Name", "web-1"),
+        ("Description", "a page"),
+        ("Architecture", "x86_64"),
+        ("VirtualizationType", "hvm"),
+        ("RootDeviceName", "/dev/xvda"),
+        ("BootMode", "legacy-bios"),
+        ("EnaSupport", "true"),
+        ("ImdsSupport", "v2.0"),
+        ("BlockDeviceMapping.1.DeviceName", "/dev/xvda"),
+        ("BlockDeviceMapping.1.Ebs.VolumeType", "gp3"),
+        ("BlockDeviceMapping.1.Ebs.VolumeSize", "1"),
+        ("BlockDeviceMapping.1.Ebs.DeleteOnTermination", "true"),
+        ("TagSpecification.1.ResourceType", "image"),
+    ] {
+        assert_eq!(register[key], value, "{key}");
+    }
+    let tags = |parameters: &Value, prefix: &str| -> Vec<(String, String)> {
+        let text = |key: String| parameters[key].as_str().map(str::to_owned);
+        let pair = |n| Some((text(format!("{prefix}Tag.{n}.Key"))?, text(format!("{prefix}Tag.{n}.Value"))?));
+        (1..).map_while(pair).collect()
+    };
+    let published = stage.remembered();
+    let digest = published[0]["digest"].as_str().unwrap();
+    let expected: Vec<_> = [("Name", "web-1"), ("kiln:digest", digest), ("kiln:name", "web"), ("team", "web & co")]
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .into();
+    assert_eq!(tags(&register, "TagSpecification.1."), expected);
+    let create_tags = only(&stage, "ec2:CreateTags");
+    assert_eq!(tags(&create_tags, ""), expected);
+    assert_eq!(create_tags["ResourceId.1"], published[0]["snapshot_id"], "the snapshot is tagged");
+
+    let import = only(&stage, "ec2:ImportSnapshot");
+    assert_eq!(import["DiskContainer.Format"], "RAW");
+    assert_eq!(import["RoleName"], "vmimport");
+    assert!(import["ClientToken"].as_str().unwrap().starts_with("kiln-"));
+
+    assert_eq!(published[0]["image_id"], image.as_str());
+    assert_eq!(published[0]["region"], "us-east-1");
+    assert_eq!(published[0]["boot_mode"], "legacy-bios");
+    assert!(stage.aws.requests("ec2:DescribeImages").len() >= 4, "it waited until the image was available");
+    let snapshot = published[0]["snapshot_id"].as_str().unwrap();
+    let url = format!("{}/kiln-test/snapshots/{snapshot}", stage.aws.url());
+    let [arrived, disk] = ["arrived", "out/web/disk.raw"].map(|name| stage.bench.path(name));
+    tool(Command::new("curl").args(["-fsS", &url, "-o"]).arg(&arrived), "");
+    tool(Command::new("cmp").args([arrived, disk]), "");
+}
+
+#[test]
+fn parts_are_sent_side_by_side_and_the_object_goes_when_it_is_imported() {
+    let stage = Stage::new();
+    // As many as are sent at once have no answer for a while.
+    stage.aws.fault(&json!({ "action": "s3:UploadPart", "delay": 2, "count": 4 }));
+    stage.published(stage.publish().run());
+    let parts = stage.aws.requests("s3:UploadPart");
+    let begin = |part: usize| parts[part]["time"].as_f64().unwrap();
+    assert!(begin(3) - begin(0) < 2.0, "the first four are on their way before the first has arrived");
+    assert!(begin(4) - begin(0) >= 2.0, "and no fifth");
+    let mut numbers: Vec<u64> =
+        parts.iter().map(|part| part["parameters"]["partNumber"].as_str().unwrap().parse().unwrap()).collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, (1..=parts.len() as u64).collect::<Vec<_>>(), "each part once");
+    insta::assert_snapshot!(stage.aws.actions().join("\n"), @r"
+    ec2:DescribeImages
+    s3:HeadBucket
+    ec2:ImportSnapshot
+    s3:CreateMultipartUpload
+    s3:UploadPart
+    s3:CompleteMultipartUpload
+    ec2:ImportSnapshot
+    ec2:DescribeImportSnapshotTasks
+    s3:DeleteObject
+    ec2:CreateTags
+    ec2:RegisterImage
+    ec2:DescribeImages
+    ");
+}
+
+#[test]
+fn progress_and_states_are_told() {
+    let stage = Stage::new();
+    stage.aws.control("POST", "import", Some(&json!({ "describes": 20 })));
+    let kiln = stage.aws.with(stage.bench.kiln(["--format", "json", "-v", "publish", "out/web"]));
+    let ran = kiln.run();
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    let events = ran.events();
+    let phases: Vec<_> =
+        events.iter().filter(|event| event["event"] == "phase_done").map(|event| event["phase"].clone()).collect();
+    assert_eq!(phases, ["check", "upload", "import", "register"]);
+    let progress: Vec<_> = events
+        .iter()
+        .filter(|event| event["event"] == "progress" && event["phase"] == "import")
+        .map(|event| event["done"].as_u64().unwrap())
+        .collect();
+    assert!(progress.is_sorted() && progress.iter().any(|percent| (1..100).contains(percent)), "{progress:?}");
+    let said = |text: &str| events.iter().any(|event| event["message"].as_str().is_some_and(|m| m.ends_with(text)));
+    for state in ["pending", "downloading/converting", "preparing snapshot"] {
+        assert!(said(state), "{state}: {}", ran.stderr);
+    }
+    assert_eq!(ran.json()[0]["region"], "us-east-1");
+}
+
+#[test]
+fn what_passes_is_asked_again_and_nothing_is_made_twice() {
+    let stage = Stage::new();
+    for fault in [
+        json!({ "action": "s3:UploadPart", "error": "SlowDown", "skip": 1, "count": 1 }),
+        json!({ "action": "s3:UploadPart", "close": true, "skip": 2, "count": 1 }),
+        json!({ "action": "s3:UploadPart", "error": "InternalError", "skip": 3, "count": 1 }),
+        json!({ "action": "s3:UploadPart", "error": "BadDigest", "skip": 4, "count": 1 }),
+        json!({ "action": "ec2:ImportSnapshot", "error": "RequestLimitExceeded", "skip": 1, "count": 1 }),
+        json!({ "action": "ec2:DescribeImportSnapshotTasks", "error": "Unavailable", "skip": 1, "count": 1 }),
+        json!({ "action": "ec2:RegisterImage", "error": "RequestLimitExceeded", "count": 1 }),
+        json!({ "action": "ec2:CreateTags", "error": "InvalidSnapshot.NotFound", "count": 1 }),
+    ] {
+        stage.aws.fault(&fault);
+    }
+    stage.published(stage.publish().run());
+    let faults = stage.aws.control("GET", "faults", None);
+    for fault in faults["faults"].as_array().unwrap() {
+        assert_eq!(fault["hits"], 1, "{fault}");
+    }
+}
+
+/// The worst kind: the request is carried out, and its answer is lost.
+#[test]
+fn lost_answers_make_nothing_twice() {
+    let stage = Stage::new();
+    for (action, skip) in [
+        ("s3:CreateMultipartUpload", 0),
+        ("s3:CompleteMultipartUpload", 0),
+        ("ec2:ImportSnapshot", 1),
+        ("ec2:RegisterImage", 0),
+    ] {
+        stage.aws.fault(&json!({ "action": action, "close": true, "when": "after", "skip": skip, "count": 1 }));
+    }
+    stage.published(stage.publish().run());
+}
+
+#[test]
+fn a_dry_run_only_reads() {
+    let stage = Stage::new();
+    let kiln = stage.aws.with(stage.bench.kiln(["publish", "out/web", "--dry-run"]));
+    let ran = kiln.run();
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    for words in ["would upload 1 GiB", "would import s3://images/", "would register image `web-1`"] {
+        assert!(ran.stderr.contains(words), "{words}: {}", ran.stderr);
+    }
+    stage.assert_left(NOTHING);
+    for call in stage.aws.requests("") {
+        let action = call["action"].as_str().unwrap();
+        let reads = ["Describe", "Head", "Get", "List"].iter().any(|read| action.contains(&format!(":{read}")));
+        assert!(reads || call["parameters"]["DryRun"] == "true", "{action}");
+    }
+}

@@ -1,0 +1,111 @@
+//! Publishing, against a real endpoint: what it makes there, what it says of every refusal, and that nothing stays
+//! behind. The disk comes from a build with the fake QEMU.
+
+mod denied;
+mod made;
+mod places;
+mod refused;
+mod stopped;
+
+use std::os::unix::fs::MetadataExt;
+
+use serde_json::{Value, json};
+
+use crate::support::{Aws, Base, Bench, Kiln, Ran, write_base};
+
+/// A built disk of 1 GiB, and an endpoint to publish it to.
+struct Stage {
+    bench: Bench,
+    aws: Aws,
+    disk: (u64, i64, i64),
+}
+
+/// Nothing at the endpoint: no objects, no unfinished uploads, no snapshots, no images, no running imports.
+const NOTHING: [u64; 5] = [0; 5];
+/// What a published image leaves there.
+const ONE_IMAGE: [u64; 5] = [0, 0, 1, 1, 0];
+
+impl Stage {
+    fn new() -> Self {
+        Self::with("")
+    }
+
+    /// With more lines in the recipe's `[publish]`.
+    fn with(more: &str) -> Self {
+        let recipe = "[publish]\nimage_name = \"web-1\"\nbucket = \"images\"\ndescription = \"a page\"\n\
+                      tags = { team = \"web & co\" }\n";
+        Self::of(&format!("{recipe}{more}"))
+    }
+
+    /// Of a recipe with these tables.
+    fn of(recipe: &str) -> Self {
+        let bench = Bench::empty();
+        write_base(&bench.path("base.raw"), Base::Mbr);
+        bench.recipe(recipe);
+        bench.build(&json!({})).run().succeeded();
+        let disk = stamp(&bench);
+        Self { bench, aws: Aws::start(), disk }
+    }
+
+    fn publish(&self) -> Kiln {
+        self.aws.with(self.bench.kiln(["-q", "publish", "out/web"]))
+    }
+
+    /// Publishing fails with `code`; nothing of it is left at the endpoint but `left`, and the disk is as it was.
+    #[track_caller]
+    fn fails(&self, kiln: Kiln, code: i32, left: [u64; 5]) -> String {
+        let said = kiln.run().failed(code);
+        self.assert_left(left);
+        said
+    }
+
+    #[track_caller]
+    fn assert_left(&self, left: [u64; 5]) {
+        assert_eq!(self.aws.resources(), left, "objects, uploads, snapshots, images, imports that are left");
+        assert_eq!(stamp(&self.bench), self.disk, "the disk is as it was");
+        assert!(!self.bench.path("out/web/published.json").exists(), "nothing was published");
+    }
+
+    /// The image's id, after publishing went well.
+    #[track_caller]
+    fn published(&self, ran: Ran) -> String {
+        let line = ran.succeeded();
+        let (region, image) = line.trim_end().split_once(' ').unwrap();
+        assert_eq!(region, "us-east-1");
+        assert!(image.starts_with("ami-"), "{line}");
+        assert_eq!(self.aws.resources(), ONE_IMAGE, "one snapshot and one image");
+        image.to_owned()
+    }
+
+    /// What `published.json` says.
+    #[track_caller]
+    fn remembered(&self) -> Value {
+        serde_json::from_str(&self.bench.read("out/web/published.json")).unwrap()
+    }
+}
+
+/// Size and time of the last change of the built disk.
+fn stamp(bench: &Bench) -> (u64, i64, i64) {
+    let metadata = std::fs::metadata(bench.path("out/web/disk.raw")).unwrap();
+    (metadata.len(), metadata.mtime(), metadata.mtime_nsec())
+}
+
+/// The word in `said` that starts with `prefix`: an id that only the endpoint knew.
+#[track_caller]
+fn word(said: &str, prefix: &str) -> String {
+    let words = said.split(|c: char| c.is_whitespace() || c == ',' || c == '`');
+    let found = words.filter(|word| word.starts_with(prefix)).max_by_key(|word| word.len());
+    found.unwrap_or_else(|| panic!("no {prefix} in: {said}")).to_owned()
+}
+
+/// The object's key has the disk's digest and a number of this run: both are left out.
+fn without_key(said: &str) -> String {
+    let start = "s3://images/web-";
+    match said.split_once(start) {
+        Some((before, after)) => {
+            let rest = &after[after.find(".raw").unwrap()..];
+            format!("{before}{start}KEY{}", without_key(rest))
+        }
+        None => said.to_owned(),
+    }
+}

@@ -1,0 +1,142 @@
+//! The local AWS endpoint: a real server with real state, which can be told to fail.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::Kiln;
+
+/// Ended with the test.
+pub(crate) struct Aws {
+    state: tempfile::TempDir,
+    exports: Vec<(String, String)>,
+}
+
+fn script() -> Command {
+    Command::new(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/aws-local"))
+}
+
+impl Aws {
+    /// With the bucket `images` and the role `vmimport`.
+    pub(crate) fn start() -> Self {
+        let state = tempfile::tempdir().unwrap();
+        let started = script()
+            .args(["start", "--bucket", "images", "--watch", &std::process::id().to_string(), "--state"])
+            .arg(state.path())
+            .env("KILN_AWS_IMPORT_SECONDS", "0.5")
+            .output()
+            .unwrap();
+        assert!(started.status.success(), "{}", String::from_utf8_lossy(&started.stderr));
+        let exports = String::from_utf8(started.stdout).unwrap();
+        let pair = |line: &str| {
+            let (key, value) = line.strip_prefix("export ")?.split_once('=')?;
+            Some((key.to_owned(), value.trim_matches(['\'', '"']).to_owned()))
+        };
+        let exports = exports.lines().flat_map(|line| line.split(';')).map(str::trim).filter_map(pair).collect();
+        Self { state, exports }
+    }
+
+    /// What points AWS's tools at the endpoint.
+    pub(crate) fn environment(&self) -> impl Iterator<Item = (&str, &str)> {
+        let more = [("AWS_EC2_METADATA_DISABLED", "true"), ("KILN_POLL_INTERVAL", "50ms")];
+        self.exports.iter().map(|(key, value)| (key.as_str(), value.as_str())).chain(more)
+    }
+
+    /// A kiln that publishes to the endpoint.
+    pub(crate) fn with(&self, kiln: Kiln) -> Kiln {
+        self.environment().fold(kiln, |kiln, (key, value)| kiln.env(key, value))
+    }
+
+    pub(crate) fn url(&self) -> &str {
+        self.environment().find(|(key, _)| *key == "AWS_ENDPOINT_URL").unwrap().1
+    }
+
+    /// A control of the endpoint (fixtures/aws/README.md).
+    #[track_caller]
+    pub(crate) fn control(&self, method: &str, path: &str, body: Option<&Value>) -> Value {
+        let mut curl = Command::new("curl");
+        curl.args(["-sS", "--fail-with-body", "--max-time", "30", "-X", method]);
+        if let Some(body) = body {
+            curl.args(["-H", "Content-Type: application/json", "-d", &body.to_string()]);
+        }
+        let output = curl.arg(format!("{}/kiln-test/{path}", self.url())).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{method} {path}: {text}{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_str(&text).unwrap()
+    }
+
+    /// Makes calls fail.
+    #[track_caller]
+    pub(crate) fn fault(&self, fault: &Value) {
+        self.control("POST", "faults", Some(fault));
+    }
+
+    /// Makes a bucket.
+    #[track_caller]
+    pub(crate) fn bucket(&self, bucket: &str, region: &str) {
+        self.control("POST", "setup", Some(&json!({ "bucket": bucket, "region": region })));
+    }
+
+    /// Forgets faults, scripts and the log of calls.
+    pub(crate) fn reset(&self) {
+        self.control("DELETE", "faults", None);
+        self.control("DELETE", "requests", None);
+        self.control("POST", "import", Some(&json!({})));
+        self.control("POST", "images", Some(&json!({})));
+    }
+
+    /// The calls so far of this action, e.g. `ec2:RegisterImage`; all of them for an empty one.
+    pub(crate) fn requests(&self, action: &str) -> Vec<Value> {
+        let filter = if action.is_empty() { String::new() } else { format!("?action={action}") };
+        self.control("GET", &format!("requests{filter}"), None)["requests"].as_array().unwrap().clone()
+    }
+
+    /// How many calls of this action were met by a fault.
+    pub(crate) fn struck(&self, action: &str) -> usize {
+        self.requests(action).iter().filter(|call| !call["fault"].is_null()).count()
+    }
+
+    /// Waits until a call of this action has arrived.
+    #[track_caller]
+    pub(crate) fn wait_for(&self, action: &str) {
+        self.wait_until(action, || !self.requests(action).is_empty());
+    }
+
+    /// Waits until a call of this action has been met by a fault.
+    #[track_caller]
+    pub(crate) fn wait_until_struck(&self, action: &str) {
+        self.wait_until(action, || self.struck(action) > 0);
+    }
+
+    #[track_caller]
+    fn wait_until(&self, action: &str, arrived: impl Fn() -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !arrived() {
+            assert!(Instant::now() < deadline, "waited for {action}; so far: {:?}", self.actions());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The actions so far, in order, each once in a row.
+    pub(crate) fn actions(&self) -> Vec<String> {
+        let mut actions: Vec<_> =
+            self.requests("").iter().map(|call| call["action"].as_str().unwrap().to_owned()).collect();
+        actions.dedup();
+        actions
+    }
+
+    /// Objects, unfinished uploads, snapshots, images, and import tasks that still run.
+    pub(crate) fn resources(&self) -> [u64; 5] {
+        let found = self.control("GET", "resources", None);
+        let count = |kind: &str| found[kind].as_u64().unwrap();
+        let running = ["pending", "active"].map(|state| found["import_tasks"][state].as_u64().unwrap_or(0));
+        [count("objects"), count("multipart_uploads"), count("snapshots"), count("images"), running.iter().sum()]
+    }
+}
+
+impl Drop for Aws {
+    fn drop(&mut self) {
+        let _ = script().args(["stop", "--state"]).arg(self.state.path()).status();
+    }
+}
