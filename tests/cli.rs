@@ -1,6 +1,6 @@
 //! The command line: results, formats, help, and the commands that build nothing.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::{Base, Bench, step, write_base};
 
@@ -251,4 +251,45 @@ fn kvm_that_does_not_work_is_said_and_remembered() {
     assert_eq!(probes() - before, 1, "the verdict is remembered: only the guest is started");
     let said = bench.kiln(["-q", "build", "web.toml", "--accel", "kvm"]).run().failed(4);
     assert!(said.starts_with("error: --accel kvm: ") && said.contains("help: "), "{said}");
+}
+
+/// The same disk in every format that clouds hand out gives the same disk.
+#[test]
+fn bases_of_every_format() {
+    let bench = bench();
+    let digest = |base: &str| {
+        bench.write("any.toml", format!("name = \"any\"\n[base]\nimage = \"{base}\"\n[machine]\nnetwork = \"none\"\n"));
+        bench.kiln(["-q", "build", "any.toml", "--accel", "tcg"]).run().succeeded();
+        let manifest: Value = serde_json::from_str(&bench.read("out/any/manifest.json")).unwrap();
+        (manifest["digest"].clone(), manifest["inputs"]["base_format"].clone())
+    };
+    let (raw, format) = digest("base.raw");
+    assert_eq!(format, "raw");
+    for (format, options) in [
+        ("qcow2", &["-c"][..]),
+        ("vmdk", &[]),
+        ("vmdk", &["-o", "subformat=streamOptimized"]),
+        ("vhdx", &[]),
+        ("vpc", &["-o", "force_size=on"]),
+    ] {
+        let name = format!("base-{}.{format}", options.len());
+        let mut convert = std::process::Command::new("qemu-img");
+        convert.args(["convert", "-O", format]).args(options).arg("base.raw").arg(&name).current_dir(bench.path(""));
+        crate::support::tool(&mut convert, "");
+        assert_eq!(digest(&name), (raw.clone(), json!(format)), "{name}");
+    }
+    let mut gzip = std::process::Command::new("sh");
+    gzip.args(["-c", "gzip -c base.raw > base.raw.gz"]).current_dir(bench.path(""));
+    crate::support::tool(&mut gzip, "");
+    assert_eq!(digest("base.raw.gz").0, raw);
+}
+
+#[test]
+fn settings_from_outside_are_used_and_noted() {
+    let bench = bench();
+    let kiln = bench.build(&json!({})).arg("--set").arg("name=other").arg("--set").arg("disk.size=2GiB");
+    assert_eq!(kiln.run().succeeded(), "out/other\n");
+    let manifest: Value = serde_json::from_str(&bench.read("out/other/manifest.json")).unwrap();
+    assert_eq!(manifest["size"], 2_u64 << 30);
+    assert_eq!(manifest["inputs"]["set"], json!(["name=other", "disk.size=2GiB"]));
 }

@@ -6,6 +6,7 @@ mod cli;
 mod failures;
 mod publish;
 mod real;
+mod rehearse;
 mod signals;
 mod support;
 mod tidy;

@@ -67,6 +67,9 @@ pub struct Inputs {
     pub base_format: String,
     /// SHA-256 of the recipe's text.
     pub recipe_sha256: String,
+    /// What `--set` changed in it, in order.
+    #[serde(default)]
+    pub set: Vec<String>,
 }
 
 /// How the guest ran.

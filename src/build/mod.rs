@@ -389,6 +389,7 @@ impl Job<'_> {
                 base_sha256: self.base.sha256.clone(),
                 base_format: self.base.format.clone(),
                 recipe_sha256: hex(&Sha256::digest(recipe.text.as_bytes())),
+                set: self.request.set.clone(),
             },
             tools: BTreeMap::from([
                 ("kiln".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),

@@ -47,36 +47,7 @@ pub(super) fn run(
     let io_failed = |error: std::io::Error| Error::io("cannot write the step's log", &error);
     let (sink, seen) = StepLog::open(&pending.path().join(&log), Some(session.events.clone())).map_err(io_failed)?;
     let limit = step.timeout.or(recipe.machine.timeout).unwrap_or(LIMIT);
-    let what = format!("step `{}`", step.name);
-    let env = environment(recipe, step, epoch);
-    let cannot_send = |error: std::io::Error| {
-        if let Err(cancelled) = session.cancel.check() {
-            return cancelled.into();
-        }
-        let failed = Error::io(format!("cannot read what {what} copies"), &error);
-        if failed.help.is_some() { failed } else { failed.at(recipe.place(&step.value_span)) }
-    };
-    let result = match &step.action {
-        Action::Copy { from, to, contents, owner, mode } => {
-            let owner = split_owner(owner.as_deref());
-            let latest = epoch.given.then_some(epoch.seconds);
-            let from = recipe.dir().join(from);
-            let cancel = session.cancel;
-            let copy = Copy { from: &from, to, contents: *contents, owner: &owner, mode: *mode, latest, cancel };
-            let (archive, folder) = copy.archive(session.scratch).map_err(cannot_send)?;
-            guest.put(&what, archive, &owner, &folder, sink, limit)
-        }
-        action => {
-            let texts: &[(&str, &str)] = match action {
-                Action::Uses { .. } => &[("lib.sh", provisioners::LIBRARY)],
-                _ => &[],
-            };
-            let text = inputs.script.as_deref().unwrap_or_default();
-            let script = Script { text, env: &env, files: &inputs::extra_files(recipe, step), texts };
-            let archive = script.archive(session.scratch).map_err(cannot_send)?;
-            guest.run(&what, archive, script.has_shebang(), sink, limit)
-        }
-    };
+    let result = send(session, guest, step, inputs, epoch, sink, limit)?;
     if let Some(error) = seen.failure() {
         return Err(Error::io("cannot write the step's log", &error));
     }
@@ -93,6 +64,44 @@ pub(super) fn run(
         cached: false,
         log,
     })
+}
+
+/// Sends what the step takes in, and waits for its end.
+fn send(
+    session: &Session<'_>,
+    guest: &mut Guest,
+    step: &Step,
+    inputs: &Inputs,
+    epoch: Epoch,
+    sink: Box<StepLog>,
+    limit: Duration,
+) -> Result<Result<Ended, vm::Error>, Error> {
+    let recipe = session.recipe;
+    let what = format!("step `{}`", step.name);
+    let cannot_send = |error: std::io::Error| {
+        if let Err(cancelled) = session.cancel.check() {
+            return cancelled.into();
+        }
+        let failed = Error::io(format!("cannot read what {what} takes in"), &error);
+        if failed.help.is_some() { failed } else { failed.at(recipe.place(&step.value_span)) }
+    };
+    if let Action::Copy { from, to, contents, owner, mode } = &step.action {
+        let owner = split_owner(owner.as_deref());
+        let latest = epoch.given.then_some(epoch.seconds);
+        let (from, cancel) = (recipe.dir().join(from), session.cancel);
+        let copy = Copy { from: &from, to, contents: *contents, owner: &owner, mode: *mode, latest, cancel };
+        let (archive, folder) = copy.archive(session.scratch).map_err(cannot_send)?;
+        return Ok(guest.put(&what, archive, &owner, &folder, sink, limit));
+    }
+    let texts: &[(&str, &str)] = match &step.action {
+        Action::Uses { .. } => &[("lib.sh", provisioners::LIBRARY)],
+        _ => &[],
+    };
+    let text = inputs.script.as_deref().unwrap_or_default();
+    let env = environment(recipe, step, epoch);
+    let script = Script { text, env: &env, files: &inputs::extra_files(recipe, step), texts };
+    let archive = script.archive(session.scratch).map_err(cannot_send)?;
+    Ok(guest.run(&what, archive, script.has_shebang(), sink, limit))
 }
 
 /// What the end of a step means for the build.

@@ -39,7 +39,7 @@ pub(crate) fn run_test(
     error.notes.push(format!("it ran: {}", test.run.lines().next().unwrap_or_default()));
     let last: Vec<_> = output.lines().filter(|line| !line.trim().is_empty()).collect();
     error.notes.extend(last.iter().skip(last.len().saturating_sub(5)).map(|line| format!("output: {line}")));
-    Err(error.help("boot it and look: kiln run OUTDIR"))
+    Err(error)
 }
 
 fn ask(

@@ -73,7 +73,8 @@ pub struct Outcome {
     pub firmware: Firmware,
     /// Seconds until the system was up.
     pub seconds: f64,
-    /// `running`, or `degraded` if units failed.
+    /// What systemd says of itself: `running`, or `degraded` if units failed. `login` where only the console was
+    /// asked, which shows a login.
     pub system: String,
     /// Units that failed.
     pub failed_units: Vec<String>,
@@ -129,14 +130,11 @@ impl Rehearsal<'_> {
             },
             || self.up(&stage, firmware, !tests.is_empty()),
         );
-        let reached = reached.map_err(|mut error| {
-            error.log = keep_console(&stage.console_log, self.folder, firmware);
-            error
-        })?;
+        let reached = reached.map_err(|error| self.with_console(error, &stage, firmware))?;
         let mut outcome = Outcome {
             firmware,
             seconds: started.elapsed().as_secs_f64(),
-            system: "running".to_owned(),
+            system: "login".to_owned(),
             failed_units: Vec::new(),
             passed: Vec::new(),
         };
@@ -146,7 +144,7 @@ impl Rehearsal<'_> {
                 self.events.warn(format!("units that failed to start: {}", outcome.failed_units.join(", ")));
             }
             for test in &tests {
-                self.run_test(&mut guest, &stage, test)?;
+                self.run_test(&mut guest, &stage, test).map_err(|error| self.with_console(error, &stage, firmware))?;
                 outcome.passed.push(test.name.clone());
             }
         }
@@ -156,12 +154,29 @@ impl Rehearsal<'_> {
     fn run_test(&self, guest: &mut Guest, stage: &Stage, test: &TestFacts) -> Result<(), Error> {
         let limit = test.timeout.map_or(Duration::from_secs(120), Duration::from_secs_f64);
         let outcome = |()| format!("`{}` passed", test.name);
-        self.events.phase(
-            "test",
-            format!("test `{}`", test.name),
-            |()| outcome(()),
-            || testing::run_test(guest, stage.scratch.path(), test, limit, &BTreeMap::new()),
-        )
+        self.events
+            .phase(
+                "test",
+                format!("test `{}`", test.name),
+                |()| outcome(()),
+                || testing::run_test(guest, stage.scratch.path(), test, limit, &BTreeMap::new()),
+            )
+            .map_err(|error| match error.exit {
+                Exit::Step => error.help(format!("boot it and look: kiln run {}", self.folder.display())),
+                Exit::TimedOut => {
+                    error.help("give the test a longer timeout = \"…\", or boot it and look with kiln run")
+                }
+                _ => error,
+            })
+    }
+
+    /// With the console in the output folder, where it outlives the guest; after a signal nobody wants it.
+    fn with_console(&self, mut error: Error, stage: &Stage, firmware: Firmware) -> Error {
+        if !matches!(error.exit, Exit::Signal(_)) {
+            let kept = self.folder.join(format!("test-{}-console.log", firmware.mode()));
+            error.log = fs_err::copy(&stage.console_log, &kept).ok().map(|_| kept);
+        }
+        error
     }
 
     fn stage(&self, firmware: Firmware) -> Result<Stage, Error> {
@@ -214,11 +229,15 @@ impl Rehearsal<'_> {
         let machine = self.start(stage, firmware, play)?;
         Guest::reach(machine, self.limit, needs_agent).map_err(|error| {
             let mut failure = guest_failure(error);
-            if failure.exit == Exit::Input {
-                failure.exit = Exit::Differs;
+            match failure.exit {
+                Exit::Signal(_) => return failure,
+                Exit::Input => failure.exit = Exit::Differs,
+                _ => {}
             }
             failure.help.get_or_insert_with(|| {
-                if needs_agent {
+                if failure.exit == Exit::Differs {
+                    "read the console's log: it ends where the boot did".to_owned()
+                } else if needs_agent {
                     "read the console's log; the tests need cloud-init in the image".to_owned()
                 } else {
                     "read the console's log; does the image have a login on its serial console (console=ttyS0)?"
@@ -229,7 +248,8 @@ impl Rehearsal<'_> {
         })
     }
 
-    /// Boots the disk and connects its console to this terminal until the guest powers off or `input` ends.
+    /// Boots the disk and connects its console to this terminal until the guest powers off or the end key is pressed.
+    /// Where `input` ends without it, nobody is at the keyboard, and the guest runs on.
     ///
     /// # Errors
     /// When the guest is lost.
@@ -247,8 +267,9 @@ impl Rehearsal<'_> {
         let ended = machine.ender();
         if let Some(console) = machine.console_input() {
             std::thread::spawn(move || {
-                forward(input, console);
-                ended();
+                if forward(input, console) == Input::EndKey {
+                    ended();
+                }
             });
         }
         machine.wait_for_end().map_err(guest_failure)
@@ -265,20 +286,25 @@ struct Play {
 /// The key that ends `kiln run`: Ctrl-], as telnet and virsh have it.
 const END: u8 = 0x1d;
 
-fn forward(mut input: impl Read, mut console: impl Write) {
+/// How what a person types came to its end.
+#[derive(Debug, PartialEq, Eq)]
+enum Input {
+    EndKey,
+    Gone,
+}
+
+fn forward(mut input: impl Read, mut console: impl Write) -> Input {
     let mut buffer = [0; 1024];
     while let Ok(n @ 1..) = input.read(&mut buffer) {
         let end = buffer[..n].iter().position(|&byte| byte == END);
         let sent = console.write_all(&buffer[..end.unwrap_or(n)]).and_then(|()| console.flush());
-        if end.is_some() || sent.is_err() {
-            return;
+        match end {
+            Some(_) => return Input::EndKey,
+            None if sent.is_err() => break,
+            None => {}
         }
     }
-}
-
-fn keep_console(console: &Path, folder: &Path, firmware: Firmware) -> Option<PathBuf> {
-    let kept = folder.join(format!("test-{}-console.log", firmware.mode()));
-    fs_err::copy(console, &kept).ok().map(|_| kept)
+    Input::Gone
 }
 
 /// What a rehearsal says in one line.
@@ -286,7 +312,38 @@ fn keep_console(console: &Path, folder: &Path, firmware: Firmware) -> Option<Pat
 pub fn summary(outcomes: &[Outcome]) -> String {
     let line = |outcome: &Outcome| {
         let took = show_duration(Duration::from_secs_f64(outcome.seconds));
-        format!("{}: {} after {took}, {} tests passed", outcome.firmware.name(), outcome.system, outcome.passed.len())
+        let tests = match outcome.passed.len() {
+            0 => String::new(),
+            1 => ", 1 test passed".to_owned(),
+            count => format!(", {count} tests passed"),
+        };
+        format!("{}: {} after {took}{tests}", outcome.firmware.name(), outcome.system)
     };
     outcomes.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_key_ends_and_is_not_passed_on() {
+        let mut console = Vec::new();
+        assert_eq!(forward(&b"ls\n\x1dnever"[..], &mut console), Input::EndKey);
+        assert_eq!(console, b"ls\n");
+        assert_eq!(forward(&b"exit\n"[..], &mut console), Input::Gone);
+    }
+
+    #[test]
+    fn a_line_for_each_firmware() {
+        let outcome = |firmware, system: &str| Outcome {
+            firmware,
+            seconds: 31.25,
+            system: system.to_owned(),
+            failed_units: Vec::new(),
+            passed: vec!["serves".to_owned()],
+        };
+        let said = summary(&[outcome(Firmware::Bios, "running"), outcome(Firmware::Uefi, "degraded")]);
+        assert_eq!(said, "BIOS: running after 31.2 s, 1 test passed\nUEFI: degraded after 31.2 s, 1 test passed");
+    }
 }

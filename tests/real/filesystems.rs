@@ -101,7 +101,8 @@ rm "/var/$kind"
     bench.write(
         "grow.toml",
         format!(
-            "name = \"grow\"\n[base]\nimage = \"{}\"\n[[provision]]\nname = \"tools\"\ninline = \"\"\"\napt-get update -q\n\
+            "name = \"grow\"\n[base]\nimage = \"{}\"\n[[provision]]\nname = \"tools\"\ninline = \"\"\"\n\
+             sed -i s/=yes/=no/ /etc/initramfs-tools/update-initramfs.conf\napt-get update -q\n\
              apt-get install -q -y --no-install-recommends xfsprogs btrfs-progs\n\"\"\"\n\
              [[provision]]\nname = \"grow\"\nrun = \"scripts/both.sh\"\nfiles = [\"grow.sh\", \"grow-one\"]\n",
             base("bookworm").display()

@@ -240,6 +240,16 @@ impl Kiln {
         self.start().end()
     }
 
+    /// As [`Self::start`], with standard input for the test to write to.
+    pub(crate) fn start_with_stdin(mut self) -> (Running, std::process::ChildStdin) {
+        use std::os::unix::process::CommandExt;
+        let command = self.command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let (out, errors) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let input = child.stdin.take().unwrap();
+        (Running { child, readers: [read_all(out), read_all(errors)] }, input)
+    }
+
     /// As [`Self::start`], with standard error for the test to read.
     pub(crate) fn start_with_stderr(mut self) -> (Running, std::process::ChildStderr) {
         use std::os::unix::process::CommandExt;
