@@ -7,6 +7,7 @@ mod filesystems;
 mod ordinary;
 mod provisioners;
 mod published;
+mod run;
 mod suites;
 
 use std::path::{Path, PathBuf};
