@@ -93,7 +93,7 @@ chroot "$place" sh -eu /grow.sh
 after=$(df -Pk "$place" | awk 'NR==2{print $2}')
 echo "$kind: $before $after"
 test "$after" -gt $((before + 350000))
-umount -R "$place"
+umount -R -l "$place"
 losetup -d "$loop"
 rm "/var/$kind"
 "#,
