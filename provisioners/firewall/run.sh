@@ -128,7 +128,7 @@ else
 fi
 # The file was the distribution's, or somebody's: it is not lost.
 if [ -s "$conf" ] && ! grep -q "^# written by kiln's firewall provisioner" "$conf"; then
-  mv -f "$conf" "$conf.before-kiln"
+  cp -p "$conf" "$conf.before-kiln"
   say "kept the $conf that was there as $conf.before-kiln; nothing loads it"
 fi
 put_file "$conf" 0755 <"$ruleset"
