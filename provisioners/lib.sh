@@ -67,17 +67,24 @@ relabel() {
   fi
 }
 
-# put_file PATH [MODE]: standard input becomes PATH, whole or not at all; an equal file is left alone.
+# same_text FILE FILE: not by cmp, which small images lack. The dots keep line ends that $( ) would take away.
+same_text() { [ "$(cat "$1" && echo .)" = "$(cat "$2" && echo .)" ]; }
+
+# put_file PATH [MODE]: standard input becomes PATH, whole or not at all; an equal file is left alone, and so is its
+# folder, where a file that came and went would show.
 put_file() {
-  mkdir -p "${1%/*}"
-  put_tmp=$(mktemp "${1%/*}/.kiln.XXXXXX")
-  cat >"$put_tmp"
-  chmod "${2:-0644}" "$put_tmp"
-  if [ -f "$1" ] && [ ! -L "$1" ] && cmp -s "$put_tmp" "$1"; then
-    rm -f "$put_tmp"
+  put_new=$(mktemp)
+  cat >"$put_new"
+  if [ -f "$1" ] && [ ! -L "$1" ] && same_text "$put_new" "$1"; then
+    rm -f "$put_new"
     chmod "${2:-0644}" "$1"
     return
   fi
+  mkdir -p "${1%/*}"
+  put_tmp=$(mktemp "${1%/*}/.kiln.XXXXXX")
+  cat "$put_new" >"$put_tmp"
+  rm -f "$put_new"
+  chmod "${2:-0644}" "$put_tmp"
   mv -f "$put_tmp" "$1"
   relabel "$1"
   say "wrote $1"

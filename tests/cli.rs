@@ -190,9 +190,12 @@ fn every_command_has_help() {
 #[test]
 fn the_starter_recipe_builds_as_it_stands() {
     let bench = Bench::empty();
-    assert_eq!(bench.kiln(["-q", "init", "site"]).run().succeeded(), "site/kiln.toml\n");
+    let ran = bench.kiln(["init", "site"]).run();
+    let base = bench.path("site/debian-12.qcow2");
+    assert!(ran.stderr.contains(&format!("scripts/base-image --out {}", base.display())), "{}", ran.stderr);
+    assert_eq!(ran.succeeded(), "site/kiln.toml\n");
     assert_eq!(bench.names("site"), ["kiln.toml", "site"]);
-    write_base(&bench.path("site/debian-12.qcow2"), Base::Mbr);
+    write_base(&base, Base::Mbr);
     bench.kiln(["-q", "build", "site/kiln.toml", "--accel", "tcg"]).run().succeeded();
     bench.assert_tidy(&["web"]);
     let said = bench.kiln(["init", "site"]).run().failed(3);
@@ -213,6 +216,43 @@ fn provisioners_are_listed_with_their_inputs() {
     for name in names {
         assert!(text.contains(&format!("{name} - ")), "{text}");
     }
+}
+
+#[test]
+fn the_readmes_recipe_is_right() {
+    let readme = include_str!("../README.md");
+    let recipe = readme.split("```toml\n").nth(1).unwrap().split("```").next().unwrap();
+    let parsed = kiln::recipe::parse("web.toml".as_ref(), recipe, &[]).unwrap();
+    assert_eq!((parsed.name.as_str(), parsed.steps.len(), parsed.tests.len()), ("web", 3, 1));
+}
+
+#[test]
+fn inputs_are_listed_with_all_that_is_declared() {
+    let list = Bench::empty().kiln(["--format", "json", "provisioners"]).run().json();
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("provisioners");
+    for provisioner in list.as_array().unwrap() {
+        let name = provisioner["name"].as_str().unwrap();
+        let text = std::fs::read_to_string(folder.join(name).join("provisioner.toml")).unwrap();
+        let declared: toml::Table = text.parse().unwrap();
+        let mut inputs = serde_json::Map::new();
+        for (key, input) in declared["inputs"].as_table().unwrap() {
+            inputs.insert(
+                key.clone(),
+                json!({
+                    "type": input["type"].as_str(), "description": input["description"].as_str(),
+                    "choices": input.get("choices").map_or(json!([]), |choices| json!(choices)),
+                    "minimum": input.get("minimum"), "maximum": input.get("maximum"),
+                    "required": input.get("default").is_none(), "default": input.get("default"),
+                }),
+            );
+        }
+        assert_eq!(
+            provisioner,
+            &json!({ "name": name, "description": declared["description"].as_str(), "inputs": inputs })
+        );
+    }
+    let port = &list.as_array().unwrap().iter().find(|one| one["name"] == "nginx").unwrap()["inputs"]["port"];
+    assert_eq!((&port["default"], &port["maximum"]), (&json!(80), &json!(65535)), "numbers are numbers");
 }
 
 #[test]

@@ -126,6 +126,11 @@ if nft -c -f "$probe" 2>/dev/null; then
 else
   warn "this kernel cannot check an nftables ruleset; it is installed unchecked"
 fi
+# The file was the distribution's, or somebody's: it is not lost.
+if [ -s "$conf" ] && ! grep -q "^# written by kiln's firewall provisioner" "$conf"; then
+  cp -p "$conf" "$conf.before-kiln"
+  say "kept the $conf that was there as $conf.before-kiln; nothing loads it"
+fi
 put_file "$conf" 0755 <"$ruleset"
 
 # Two filters would both have to agree; these would start beside nftables.
@@ -137,7 +142,13 @@ for other in firewalld ufw iptables ip6tables; do
 done
 service_enable nftables.service
 
-if { has sshd || [ -x /usr/sbin/sshd ]; } && ! printf '%s\n' "$KILN_INPUT_TCP" | grep -Eq '^22(/|$)'; then
+ssh=closed
+look_for_ssh() {
+  ports=${1%%/*}
+  if [ "${ports%%-*}" -le 22 ] && [ "${ports#*-}" -ge 22 ]; then ssh=open; fi
+}
+each "$KILN_INPUT_TCP" look_for_ssh
+if { has sshd || [ -x /usr/sbin/sshd ]; } && [ "$ssh" = closed ]; then
   warn "sshd is installed but port 22 is not in \`tcp\`: no ssh into this image"
 fi
 say "the filter in $conf will be active from the next boot on"

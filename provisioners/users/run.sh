@@ -179,7 +179,7 @@ add_key() {
     die "$file or its folder is a symbolic link; not following it"
   fi
   mkdir -p "$home/.ssh"
-  touch "$file"
+  [ -e "$file" ] || : >"$file"
   if ! grep -Fxq -e "$key" "$file"; then
     # A last line without its end would swallow the key.
     if [ -s "$file" ] && [ -n "$(tail -c 1 "$file")" ]; then

@@ -8,6 +8,8 @@ use serde_json::json;
 use super::Context;
 
 const RECIPE: &str = include_str!("starter.toml");
+/// The base, beside the recipe, unless there is one already.
+const IMAGE: &str = "debian-12.qcow2";
 const PAGE: &str = "<!doctype html>\n<title>kiln</title>\n<h1>Hello from kiln</h1>\n";
 
 /// Writes the starter recipe and its page; nothing that exists is touched.
@@ -15,7 +17,7 @@ pub(super) fn run(context: &Context<'_>, folder: &Path) -> Result<(), Error> {
     let recipe = folder.join("kiln.toml");
     let page = folder.join("site/index.html");
     let base = newest_base(context);
-    let image = base.clone().unwrap_or_else(|| PathBuf::from("debian-12.qcow2"));
+    let image = base.clone().unwrap_or_else(|| PathBuf::from(IMAGE));
     let image = toml::Value::from(image.display().to_string()).to_string();
     for (path, text) in [(&recipe, RECIPE.replace("\"BASE\"", &image)), (&page, PAGE.to_owned())] {
         let failed = |error: std::io::Error| Error::io(format!("cannot write `{}`", path.display()), &error);
@@ -30,7 +32,11 @@ pub(super) fn run(context: &Context<'_>, folder: &Path) -> Result<(), Error> {
     }
     let events = context.ui.events();
     if base.is_none() {
-        events.note("put a cloud image at debian-12.qcow2, for example with: scripts/base-image --out debian-12.qcow2");
+        let image = folder.join(IMAGE);
+        // Whole: the script is in a clone of kiln, and that need not be here.
+        let image = std::path::absolute(&image).unwrap_or(image);
+        let image = image.display();
+        events.note(format!("first put a cloud image at {image}; kiln's scripts/base-image --out {image} makes one"));
     }
     events.note(format!("build it: kiln build {}", recipe.display()));
     context.ui.result(&recipe.display().to_string(), &json!({ "recipe": recipe }));

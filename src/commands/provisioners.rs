@@ -53,8 +53,8 @@ fn brief(input: &Input) -> String {
 
 fn describe(input: &Input) -> Value {
     json!({
-        "type": kind(input), "description": input.description, "choices": input.choices,
+        "type": input.kind, "description": input.description, "choices": input.choices,
         "minimum": input.minimum, "maximum": input.maximum,
-        "required": input.default.is_none(), "default": input.default.as_ref().map(ToString::to_string),
+        "required": input.default.is_none(), "default": input.default,
     })
 }

@@ -18,7 +18,8 @@ export PATH
 umask 022
 exec </dev/null >/dev/console 2>&1
 
-group=/sys/fs/cgroup/kiln.step
+cgroups=/run/kiln/cgroup
+group=$cgroups/kiln.step
 
 find_port() {
     tries=0
@@ -132,8 +133,12 @@ fi
 ctl=$(find_port kiln.ctl) && out=$(find_port kiln.out) && in=$(find_port kiln.in) || exit 1
 exec 3<>"$ctl" 4>"$out" 5<"$in"
 echo -1000 >/proc/self/oom_score_adj
-mkdir -p /run/kiln "$group"
+mkdir -p /run/kiln
 mount -t tmpfs -o mode=0755,size=50% kiln /run/kiln
+# Steps have a cgroup of their own, so that what they leave behind can be ended. Mounted here, because the distribution
+# may have only version 1 at /sys/fs/cgroup (EL 8, Amazon Linux 2); kernels without version 2 have named hierarchies.
+mkdir -p "$cgroups"
+if mount -t cgroup2 kiln "$cgroups" || mount -t cgroup -o none,name=kiln kiln "$cgroups"; then mkdir -p "$group"; fi
 # Booted by the disk's own boot loader: the rest of the boot, cloud-init included, must be over before steps begin.
 if [ -n "${1:-}" ] && command -v cloud-init >/dev/null; then
     timeout 300 cloud-init status --wait >/dev/null

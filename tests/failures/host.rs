@@ -208,17 +208,44 @@ fn the_hosts_disk_fails() {
     "#);
 }
 
+/// What gives a script a mount namespace of its own in which it may mount, and what gives it this user back in there.
+/// Root may at once; others by a user namespace, where the kernel lets them have one, or else by sudo.
+fn mount_namespace() -> (Vec<String>, String) {
+    let words = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    if rustix::process::geteuid().is_root() {
+        return (words("unshare -m"), String::new());
+    }
+    let (user, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    let back = format!("setpriv --reuid={user} --regid={group} --clear-groups");
+    let ways = [("unshare -r -m", String::new()), ("sudo -n -E unshare -m", back)];
+    let mut said = Vec::new();
+    for (way, back) in ways {
+        let probe = words(&format!("{way} mount -t tmpfs probe /mnt"));
+        match std::process::Command::new(&probe[0]).args(&probe[1..]).output() {
+            Ok(output) if output.status.success() => return (words(way), back),
+            Ok(output) => said.push(format!("{}: {}", probe.join(" "), String::from_utf8_lossy(&output.stderr))),
+            Err(error) => said.push(format!("{}: {error}", probe.join(" "))),
+        }
+    }
+    panic!(
+        "this test mounts a small filesystem: run it as root, give this user sudo without a password, or let it have \
+         user namespaces (Ubuntu: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0)\n{}",
+        said.join("\n")
+    );
+}
+
 /// kiln in a mount namespace of its own, with a small filesystem of its own on `folder`: real ENOSPC, and no trace.
 fn on_small_filesystem(bench: &Bench, folder: &str, options: &str, scenario: &serde_json::Value) -> Kiln {
     std::fs::create_dir_all(bench.path(folder)).unwrap();
-    let root = rustix::process::geteuid().is_root();
+    let (namespace, back) = mount_namespace();
     let script = format!(
-        "mount -t tmpfs -o {options} small {folder} || exit 99\n\"$@\"; code=$?\nls -A {folder} >traces/left\nexit $code"
+        "mount -t tmpfs -o mode=1777,{options} small {folder} || exit 99\n\
+         {back} \"$@\"; code=$?\nls -A {folder} >traces/left\nexit $code"
     );
-    let unshare: &[&str] = if root { &["-m"] } else { &["-r", "-m"] };
     let kiln = env!("CARGO_BIN_EXE_kiln");
     let arguments = ["sh", "-c", &script, "sh", kiln, "-q", "build", "web.toml", "--accel", "tcg"];
-    bench.program("unshare".as_ref(), unshare.iter().chain(&arguments)).scenario(scenario)
+    let arguments = namespace[1..].iter().map(String::as_str).chain(arguments);
+    bench.program(namespace[0].as_ref(), arguments).scenario(scenario)
 }
 
 /// It says that the disk is full and ends with 4; `left` is what is on the small filesystem then.

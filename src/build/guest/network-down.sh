@@ -1,6 +1,6 @@
 # Puts back the resolver's file that was there before network-up.sh, unless a step made one of its own meanwhile.
 saved=/run/kiln/resolv.conf
-if [ -d "$saved" ] && [ ! -L /etc/resolv.conf ] && cmp -s /etc/resolv.conf "$saved/ours"; then
+if [ -d "$saved" ] && [ -f /etc/resolv.conf ] && [ ! -L /etc/resolv.conf ] && [ "$(cat /etc/resolv.conf)" = "$(cat "$saved/ours")" ]; then
     rm -f /etc/resolv.conf
     if [ -e "$saved/link" ]; then
         ln -s "$(cat "$saved/link")" /etc/resolv.conf

@@ -15,17 +15,19 @@ fi
 keeps host-keys || rm -f /etc/ssh/ssh_host_*key /etc/ssh/ssh_host_*key.pub
 
 if ! keeps shell-history; then
-    for home in /root /home/*; do
+    # The accounts whose homes are in the image are in its own passwd; /home may have folders of none.
+    { printf '%s\n' /home/* && cut -d: -f6 /etc/passwd; } | sort -u | while IFS= read -r home; do
         [ -d "$home" ] || continue
-        rm -f "$home"/.bash_history "$home"/.ash_history "$home"/.zsh_history "$home"/.sh_history \
-            "$home"/.python_history "$home"/.lesshst "$home"/.viminfo "$home"/.wget-hsts
+        # Of shells, Python, Node.js, and databases' clients
+        rm -f "$home"/.*_history "$home"/.local/share/fish/fish_history "$home"/.local/state/*_history \
+            "$home"/.histfile "$home"/.lesshst "$home"/.local/state/lesshst "$home"/.viminfo "$home"/.wget-hsts
     done
 fi
 
 if ! keeps leases; then
     for folder in /var/lib/dhcp /var/lib/dhclient /var/lib/dhcpcd /var/lib/dhcpcd5 /run/systemd/netif/leases; do empty "$folder"; done
     rm -f /var/lib/NetworkManager/*.lease /var/lib/NetworkManager/secret_key /var/lib/NetworkManager/timestamps \
-        /var/lib/NetworkManager/seen-bssids /var/lib/systemd/network/*.lease
+        /var/lib/NetworkManager/seen-bssids /var/lib/systemd/network/*.lease /var/lib/wicked/*.xml
     rm -f /etc/udev/rules.d/70-persistent-net.rules /etc/udev/rules.d/75-persistent-net-generator.rules
 fi
 

@@ -13,9 +13,8 @@ units=$({ list --type=service --state=running,activating,reloading; list --type=
 [ -z "$units" ] || timeout 90 systemctl stop $units 2>/dev/null || true
 
 # This script runs where steps do: out of there, so that who is left there was left behind.
-steps=/sys/fs/cgroup/kiln.step own=/sys/fs/cgroup/kiln.own
-mkdir -p "$own"
-if echo $$ >"$own/cgroup.procs" 2>/dev/null; then
+steps=/run/kiln/cgroup/kiln.step own=/run/kiln/cgroup/kiln.own
+if [ -e "$steps/cgroup.procs" ] && mkdir -p "$own" && echo $$ >"$own/cgroup.procs"; then
     signal=TERM
     tries=0
     while left=$(cat "$steps/cgroup.procs") && [ -n "$left" ] && [ "$tries" -lt 100 ]; do
@@ -24,6 +23,8 @@ if echo $$ >"$own/cgroup.procs" 2>/dev/null; then
         tries=$((tries + 1))
         sleep 0.1
     done
+else
+    echo "kiln: this guest's kernel has no cgroups: what steps left behind can't be told from the rest, and goes on" >&2
 fi
 
 # A systemd that runs on replaced libraries would keep the old ones on the disk, unnamed.
