@@ -55,6 +55,7 @@ want_test_tools() {
     want_aws_tools
     want sfdisk fdisk # the tests' own bases have partition tables of every kind
     want git git
+    want ssh openssh-client # into a booted disk
 }
 rust_parts=''
 want_lints() {
