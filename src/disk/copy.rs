@@ -248,6 +248,7 @@ impl Pass<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::Backing;
     use crate::disk::Overlay;
     use crate::disk::testing::{Workshop, cases, text, tool};
     use proptest::prelude::*;
@@ -371,7 +372,7 @@ mod tests {
             let (base, disk) = (shop.path("base.raw"), shop.path("disk.qcow2"));
             let pieces: Vec<_> = pieces.into_iter().map(|(at, len, byte)| (at * 512, len, byte)).collect();
             sparse(&base, 10 << 20, &pieces);
-            Overlay::create(&disk, 14 << 20, &base, &[]).unwrap();
+            Overlay::create(&disk, 14 << 20, Backing::Raw(&base), &[]).unwrap();
             let size = 14 << 20 >> 9;
             let commands: Vec<String> = writes.iter().map(|(at, len, how)| {
                 let how = ["write -P 5", "write -z", "write -z -u", "discard"][usize::from(*how)];

@@ -18,23 +18,46 @@ const ENTRIES: u64 = CLUSTER / 8;
 /// 16-bit reference counts per cluster.
 const REFCOUNTS: u64 = CLUSTER / 2;
 
+/// What is behind an overlay.
+#[derive(Clone, Copy, Debug)]
+pub enum Backing<'a> {
+    /// A raw file.
+    Raw(&'a Path),
+    /// Another overlay, which need not be there yet.
+    Overlay(&'a Path),
+}
+
+impl<'a> Backing<'a> {
+    fn path(self) -> &'a Path {
+        match self {
+            Self::Raw(path) | Self::Overlay(path) => path,
+        }
+    }
+
+    fn format(self) -> &'static str {
+        match self {
+            Self::Raw(_) => "raw",
+            Self::Overlay(_) => "qcow2",
+        }
+    }
+}
+
 impl Overlay {
-    /// Writes a new qcow2 overlay of `size` bytes over the raw file `backing`, with the patches applied in their
-    /// order, and syncs it. A backing file shorter than `size` is followed by zeros.
+    /// Writes a new qcow2 overlay of `size` bytes over `backing`, with the patches applied in their order, and syncs
+    /// it. A backing file shorter than `size` is followed by zeros.
     ///
-    /// The header names the backing file by its absolute path. `path` must not exist; if anything fails, it does not
-    /// exist afterwards either.
+    /// The header names the backing file as it is named here: a relative name is looked for from the overlay's folder.
+    /// Only a raw file can be patched. `path` must not exist; if anything fails, it does not exist afterwards either.
     ///
     /// # Errors
     /// [`Error::Create`], [`Error::Write`], [`Error::NoSpace`]; [`Error::Open`] and [`Error::Read`] for the backing
     /// file; [`Error::OddSize`]; [`Error::Overlay`] if a patch lies outside the disk or the size or name is too large.
-    pub fn create(path: &Path, size: u64, backing: &Path, patches: &[Patch]) -> Result<(), Error> {
+    pub fn create(path: &Path, size: u64, backing: Backing<'_>, patches: &[Patch]) -> Result<(), Error> {
         let refused = |what: String| Error::Overlay { path: path.to_owned(), what };
         if !size.is_multiple_of(SECTOR) {
             return Err(Error::OddSize { size });
         }
-        let backing = std::path::absolute(backing).map_err(|source| Error::open(backing, source))?;
-        let name = backing.as_os_str().as_bytes();
+        let name = backing.path().as_os_str().as_bytes();
         if name.len() > BACKING_NAME_LIMIT {
             return Err(refused(format!("its backing file's path is longer than {BACKING_NAME_LIMIT} bytes")));
         }
@@ -46,11 +69,18 @@ impl Overlay {
             return Err(refused(format!("a patch at byte {} lies outside its {size} bytes", patch.offset)));
         }
         let layout = Layout::of(size, &clusters_of(patches));
-        let base = File::open(&backing).map_err(|source| Error::open(&backing, source))?;
-        let clusters = fill(&base, &backing, patches)?;
+        let clusters = match backing {
+            Backing::Raw(name) => {
+                let base = path.parent().unwrap_or(Path::new("")).join(name);
+                let file = File::open(&base).map_err(|source| Error::open(&base, source))?;
+                fill(&file, &base, patches)?
+            }
+            Backing::Overlay(_) if patches.is_empty() => BTreeMap::new(),
+            Backing::Overlay(_) => return Err(refused("an overlay can't be patched over another".to_owned())),
+        };
         let file = OpenOptions::new().write(true).create_new(true).open(path);
         let file = file.map_err(|source| Error::create(path, source))?;
-        layout.write(&file, name, &clusters).map_err(|source| {
+        layout.write(&file, backing, &clusters).map_err(|source| {
             // What is left is of no use to anybody; the error that matters is the first.
             let _ = std::fs::remove_file(path);
             Error::write(path, source)
@@ -156,7 +186,7 @@ impl Layout {
     }
 
     /// Writes the file, its header last: a file that is cut off is no overlay.
-    fn write(&self, file: &File, backing: &[u8], clusters: &BTreeMap<u64, Vec<u8>>) -> std::io::Result<()> {
+    fn write(&self, file: &File, backing: Backing<'_>, clusters: &BTreeMap<u64, Vec<u8>>) -> std::io::Result<()> {
         file.set_len(self.total * CLUSTER)?;
         file.write_all_at(&numbers((0..self.block_clusters).map(|i| self.blocks_at() + i * CLUSTER)), CLUSTER)?;
         let ones: Vec<u8> = (0..self.total).flat_map(|_| 1_u16.to_be_bytes()).collect();
@@ -180,7 +210,7 @@ impl Layout {
         file.sync_all()
     }
 
-    fn header<'a>(&self, backing: &'a [u8]) -> NewHeader<'a> {
+    fn header<'a>(&self, backing: Backing<'a>) -> NewHeader<'a> {
         NewHeader {
             size: self.size,
             cluster_bits: CLUSTER_BITS,
@@ -189,7 +219,8 @@ impl Layout {
             l1_offset: self.l1_at(),
             refcount_table_offset: CLUSTER,
             refcount_table_clusters: u32::try_from(self.table_clusters).unwrap_or(u32::MAX),
-            backing,
+            backing: backing.path().as_os_str().as_bytes(),
+            backing_format: backing.format(),
         }
     }
 }
@@ -209,7 +240,7 @@ mod tests {
         let shop = Workshop::new();
         let (base, disk) = (shop.path("base.raw"), shop.path("disk.qcow2"));
         std::fs::write(&base, [7; 1000]).unwrap();
-        Overlay::create(&disk, 1 << 30, &base, &[]).unwrap();
+        Overlay::create(&disk, 1 << 30, Backing::Raw(&base), &[]).unwrap();
         let info = tool("qemu-img", &["info", "--output=json", text(&disk)]);
         for fact in [
             "\"virtual-size\": 1073741824",
@@ -230,7 +261,7 @@ mod tests {
         let shop = Workshop::new();
         let (base, disk) = (shop.path("base.raw"), shop.path("disk.qcow2"));
         std::fs::write(&base, [7; 1000]).unwrap();
-        let create = |size, patches: &[Patch]| Overlay::create(&disk, size, &base, patches).unwrap_err();
+        let create = |size, patches: &[Patch]| Overlay::create(&disk, size, Backing::Raw(&base), patches).unwrap_err();
         assert!(matches!(create(1000, &[]), Error::OddSize { size: 1000 }));
         let outside = create(1024, &[Patch { offset: 1020, bytes: vec![0; 5] }]).to_string();
         assert!(outside.ends_with("a patch at byte 1020 lies outside its 1024 bytes"), "{outside}");
@@ -239,7 +270,7 @@ mod tests {
         assert!(!disk.exists());
         std::fs::write(&disk, "precious").unwrap();
         assert!(matches!(create(1024, &[]), Error::Create { .. }));
-        let missing = Overlay::create(&shop.path("new"), 1024, &shop.path("none"), &[]).unwrap_err();
+        let missing = Overlay::create(&shop.path("new"), 1024, Backing::Raw(&shop.path("none")), &[]).unwrap_err();
         assert!(matches!(missing, Error::Open { .. }));
     }
 
@@ -250,7 +281,7 @@ mod tests {
         std::fs::write(&base, []).unwrap();
         let patch = |offset| Patch { offset, bytes: vec![1; 512] };
         let size = 16 << 40;
-        Overlay::create(&disk, size, &base, &[patch(size - 512), patch(0), patch(5 << 40)]).unwrap();
+        Overlay::create(&disk, size, Backing::Raw(&base), &[patch(size - 512), patch(0), patch(5 << 40)]).unwrap();
         tool("qemu-img", &["check", text(&disk)]);
         tool("qemu-io", &["-r", "-f", "qcow2", "-c", &format!("read -P 1 {} 512", size - 512), text(&disk)]);
     }
@@ -283,7 +314,7 @@ mod tests {
                 Patch { offset, bytes: vec![*byte; (*len).min(usize::try_from(size - offset).unwrap())] }
             };
             let patches: Vec<_> = patches.iter().map(place).collect();
-            Overlay::create(&disk, size, &base, &patches).unwrap();
+            Overlay::create(&disk, size, Backing::Raw(&base), &patches).unwrap();
             apply(&wanted, size, &patches);
             tool("qemu-img", &["check", text(&disk)]);
             tool("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", text(&disk), text(&found)]);

@@ -50,6 +50,7 @@ mod testing;
 pub use blocks::{BLOCK, BlockMap, Digest};
 pub use boot::{BootFiles, WhyNot, boot_files};
 pub use copy::{Exported, Work, export};
+pub use create::Backing;
 pub use error::Error;
 pub use firmware::{Arch, BootModes};
 pub use guid::Guid;

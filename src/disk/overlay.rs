@@ -318,6 +318,7 @@ fn read_or_zero(file: &File, file_len: u64, offset: u64, buf: &mut [u8]) -> io::
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::disk::Backing;
     use crate::disk::testing::{Workshop, cases, text, tool};
     use crate::disk::{Patch, qcow2};
     use proptest::prelude::*;
@@ -368,7 +369,7 @@ mod tests {
     #[test]
     fn runs_of_every_kind() {
         let (_shop, base, disk) = shop();
-        Overlay::create(&disk, SIZE, &base, &[Patch { offset: 5, bytes: vec![9; 3] }]).unwrap();
+        Overlay::create(&disk, SIZE, Backing::Raw(&base), &[Patch { offset: 5, bytes: vec![9; 3] }]).unwrap();
         io(&disk, &["write -P 1 1M 256k", "write -z 1M 64k", "write -z -u 2M 128k", "discard 1088k 64k"]);
         let kinds: Vec<_> =
             Overlay::open(&disk).unwrap().extents().map(|e| (e.start >> 10, e.len >> 10, e.kind)).collect();
@@ -433,7 +434,7 @@ mod tests {
     #[test]
     fn an_overlay_cut_short() {
         let (_shop, base, disk) = shop();
-        Overlay::create(&disk, SIZE, &base, &[Patch { offset: 3 << 20, bytes: vec![1; 128 << 10] }]).unwrap();
+        Overlay::create(&disk, SIZE, Backing::Raw(&base), &[Patch { offset: 3 << 20, bytes: vec![1; 128 << 10] }]).unwrap();
         let len = std::fs::metadata(&disk).unwrap().len();
         let cut = |by| std::fs::OpenOptions::new().write(true).open(&disk).unwrap().set_len(len - by).unwrap();
         cut(512);
@@ -466,7 +467,7 @@ mod tests {
     #[test]
     fn no_table_entry_is_trusted() {
         let (_shop, base, disk) = shop();
-        Overlay::create(&disk, SIZE, &base, &[Patch { offset: 0, bytes: vec![1] }]).unwrap();
+        Overlay::create(&disk, SIZE, Backing::Raw(&base), &[Patch { offset: 0, bytes: vec![1] }]).unwrap();
         let file = std::fs::OpenOptions::new().read(true).write(true).open(&disk).unwrap();
         let mut l1 = [0; 8];
         file.read_exact_at(&mut l1, 3 << 16).unwrap();

@@ -180,12 +180,16 @@ pub(super) struct NewHeader<'a> {
     pub(super) refcount_table_offset: u64,
     pub(super) refcount_table_clusters: u32,
     pub(super) backing: &'a [u8],
+    pub(super) backing_format: &'a str,
 }
 
 impl NewHeader<'_> {
     pub(super) fn bytes(&self) -> Vec<u8> {
         // What lies between header and name: the format's extension with its data, and the end's.
-        let name_at = u64::from(HEADER_LENGTH) + 8 + 8 + 8;
+        let format = self.backing_format.as_bytes();
+        let format_len = u32::try_from(format.len()).unwrap_or(u32::MAX);
+        // An extension's data is padded to 8 bytes.
+        let name_at = u64::from(HEADER_LENGTH) + 8 + u64::from(format_len.next_multiple_of(8)) + 8;
         let name_len = u32::try_from(self.backing.len()).unwrap_or(u32::MAX);
         let mut out = MAGIC.to_vec();
         put32(&mut out, &[3]);
@@ -203,8 +207,9 @@ impl NewHeader<'_> {
         put32(&mut out, &[refcount_order, HEADER_LENGTH]);
         let zlib_and_padding = 0;
         put64(&mut out, &[zlib_and_padding]);
-        put32(&mut out, &[EXTENSION_BACKING_FORMAT, 3]);
-        out.extend(b"raw\0\0\0\0\0");
+        put32(&mut out, &[EXTENSION_BACKING_FORMAT, format_len]);
+        out.extend(format);
+        out.resize(out.len().next_multiple_of(8), 0);
         put32(&mut out, &[EXTENSION_END, 0]);
         out.extend(self.backing);
         out

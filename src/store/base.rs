@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256, Sha512};
 
+use super::known::{Digests, Identity};
 use super::{Store, allocated, free_space};
 use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
@@ -60,7 +61,7 @@ impl Store {
         if file.metadata().is_ok_and(|metadata| metadata.is_dir()) {
             return Err(Error::new(Exit::Input, format!("the base image `{shown}` is a folder")));
         }
-        let sha256 = check_digest(image, &mut file, expected, cancel)?;
+        let sha256 = self.check_digest(image, &mut file, expected, cancel)?;
         let folder = self.root.join("bases").join(&sha256);
         let disk = folder.join("disk.raw");
         let format_file = folder.join("format");
@@ -76,6 +77,41 @@ impl Store {
             || self.unpack(image, &folder, qemu_img, events, cancel),
         )?;
         Ok(Imported { disk, sha256, format: imported })
+    }
+
+    /// The file's SHA-256, once its digest is what it should be.
+    fn check_digest(
+        &self,
+        image: &Path,
+        file: &mut File,
+        expected: Option<&Digest>,
+        cancel: &Cancel,
+    ) -> Result<String, Error> {
+        let wants_sha512 = expected.is_some_and(|digest| digest.algorithm == Algorithm::Sha512);
+        let unreadable =
+            |error| Error::new(Exit::Input, format!("cannot read the base image `{}`: {error}", image.display()));
+        let digests = match self.known(file).filter(|known| !wants_sha512 || known.sha512.is_some()) {
+            Some(known) => known,
+            None => {
+                let before = Identity::of(file).map_err(unreadable)?;
+                let digests = hash(file, wants_sha512, cancel).map_err(unreadable)?;
+                cancel.check()?;
+                self.note(file, &before, &digests);
+                digests
+            }
+        };
+        if let Some(expected) = expected {
+            let found = digests.sha512.as_ref().filter(|_| wants_sha512).unwrap_or(&digests.sha256);
+            if *found != expected.hex {
+                let name = expected.algorithm;
+                let message = format!("the base image `{}` has another {name} than the recipe says", image.display());
+                return Err(Error::new(Exit::Input, message)
+                    .with_note(format!("expected {}", expected.hex))
+                    .with_note(format!("found    {found}"))
+                    .help("if you trust the file, put what was found into the recipe; if not, download it again"));
+            }
+        }
+        Ok(digests.sha256)
     }
 
     fn unpack(
@@ -216,32 +252,18 @@ fn gunzip(image: &Path, to: &Path, cancel: &Cancel) -> Result<bool, Error> {
     Ok(true)
 }
 
-/// The file's SHA-256, once its digest is what it should be.
-fn check_digest(image: &Path, file: &mut File, expected: Option<&Digest>, cancel: &Cancel) -> Result<String, Error> {
+/// Reads the file and digests it; SHA-512 only if it is wanted.
+fn hash(file: &mut File, with_sha512: bool, cancel: &Cancel) -> io::Result<Digests> {
     let mut sha256 = Sha256::new();
-    let mut sha512 = expected.is_some_and(|digest| digest.algorithm == Algorithm::Sha512).then(Sha512::new);
+    let mut sha512 = with_sha512.then(Sha512::new);
     copy(file, cancel, |bytes| {
         sha256.update(bytes);
         if let Some(sha512) = &mut sha512 {
             sha512.update(bytes);
         }
         Ok(())
-    })
-    .map_err(|error| Error::new(Exit::Input, format!("cannot read the base image `{}`: {error}", image.display())))?;
-    cancel.check()?;
-    let sha256 = hex(&sha256.finalize());
-    if let Some(expected) = expected {
-        let found = sha512.map_or_else(|| sha256.clone(), |sha512| hex(&sha512.finalize()));
-        if found != expected.hex {
-            let name = expected.algorithm;
-            let message = format!("the base image `{}` has another {name} than the recipe says", image.display());
-            return Err(Error::new(Exit::Input, message)
-                .with_note(format!("expected {}", expected.hex))
-                .with_note(format!("found    {found}"))
-                .help("if you trust the file, put what was found into the recipe; if not, download it again"));
-        }
-    }
-    Ok(sha256)
+    })?;
+    Ok(Digests { sha256: hex(&sha256.finalize()), sha512: sha512.map(|sha512| hex(&sha512.finalize())) })
 }
 
 fn copy(from: &mut impl Read, cancel: &Cancel, mut to: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {

@@ -2,6 +2,9 @@
 //!
 //! ```text
 //! CACHE/bases/SHA256/disk.raw   a base as a sparse raw disk, named by its image's digest
+//! CACHE/layers/KEY/             the disk, and perhaps the guest's memory, after a step
+//! CACHE/locks/KEY               held by the kiln that is making the layer
+//! CACHE/known/ID                digests of files that have not changed since
 //! CACHE/work/RANDOM/            one running kiln's scratch, with a lock for as long as it runs
 //! CACHE/accelerator.json        what the probe found, for this boot of the host
 //! ```
@@ -9,6 +12,8 @@
 //! works. A scratch folder whose lock nobody holds belongs to a kiln that was killed; the next one removes it.
 
 mod base;
+mod known;
+mod layer;
 
 use std::fs::File;
 use std::io;
@@ -19,6 +24,7 @@ use rustix::fs::FlockOperation;
 use crate::error::Error;
 
 pub use base::Imported;
+pub use layer::{Claim, Layer, Lookup, Pending, Record};
 
 /// The store in one folder.
 #[derive(Debug, Clone)]
@@ -50,7 +56,7 @@ impl Store {
     /// When it can't be made.
     pub fn open(folder: &Path) -> Result<Self, Error> {
         let failed = |error| Error::io(format!("cannot make the cache folder `{}`", folder.display()), &error);
-        for name in ["bases", "work"] {
+        for name in ["bases", "layers", "locks", "known", "work"] {
             std::fs::create_dir_all(folder.join(name)).map_err(failed)?;
         }
         // Absolute, because QEMU runs in a folder of its own and overlays name their base.

@@ -1,0 +1,137 @@
+//! Digests of files that were hashed before: a file that has not changed since is not read again.
+//!
+//! A file is taken for unchanged while device, inode, size, mtime and ctime are the same; nobody can write to a file
+//! without its ctime changing. A file that was changed within the last moments before it was hashed is not noted,
+//! because the clock that stamps files is coarse.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::Store;
+use crate::units::hex;
+
+/// How old a file's last change must be for its digest to be noted.
+const SETTLED: Duration = Duration::from_secs(2);
+
+/// What tells that a file is still the one that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    device: u64,
+    inode: u64,
+    /// Bytes.
+    pub size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Identity {
+    /// Of an open file.
+    ///
+    /// # Errors
+    /// When it can't be looked at.
+    pub fn of(file: &File) -> io::Result<Self> {
+        Ok(Self::from(&file.metadata()?))
+    }
+
+    /// Whether its last change is so long ago that a further one would show.
+    fn is_settled(&self) -> bool {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let changed = self.changed.0.max(self.modified.0);
+        u64::try_from(changed).is_ok_and(|changed| changed + SETTLED.as_secs() <= now.as_secs())
+    }
+}
+
+impl From<&std::fs::Metadata> for Identity {
+    fn from(metadata: &std::fs::Metadata) -> Self {
+        Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.len(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Known {
+    identity: Identity,
+    sha256: String,
+    sha512: Option<String>,
+}
+
+/// A file's digests in lowercase hex.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Digests {
+    /// SHA-256.
+    pub sha256: String,
+    /// SHA-512, if it was ever asked for.
+    pub sha512: Option<String>,
+}
+
+impl Store {
+    /// The digests of `file`, if it is known and unchanged.
+    pub(super) fn known(&self, file: &File) -> Option<Digests> {
+        let identity = Identity::of(file).ok()?;
+        let known: Known = serde_json::from_slice(&std::fs::read(self.known_path(&identity)).ok()?).ok()?;
+        (known.identity == identity).then_some(Digests { sha256: known.sha256, sha512: known.sha512 })
+    }
+
+    /// Notes digests; `before` is what the file was when its reading began. A note that can't be kept is no failure.
+    pub(super) fn note(&self, file: &File, before: &Identity, digests: &Digests) {
+        if Identity::of(file).ok().as_ref() != Some(before) || !before.is_settled() {
+            return;
+        }
+        let known =
+            Known { identity: before.clone(), sha256: digests.sha256.clone(), sha512: digests.sha512.clone() };
+        let _ = self.write_json(&self.known_path(before), &known);
+    }
+
+    fn known_path(&self, identity: &Identity) -> PathBuf {
+        let name = Sha256::digest(format!("{} {}", identity.device, identity.inode));
+        self.root.join("known").join(&hex(&name)[..32])
+    }
+
+    /// Writes a small file whole or not at all.
+    pub(super) fn write_json(&self, path: &Path, value: &impl Serialize) -> io::Result<()> {
+        let folder = path.parent().unwrap_or(&self.root);
+        std::fs::create_dir_all(folder)?;
+        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        serde_json::to_writer(&mut file, value)?;
+        file.persist(path)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_known_until_it_changes() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store")).unwrap();
+        let path = folder.path().join("file");
+        std::fs::write(&path, "one").unwrap();
+        let open = || File::open(&path).unwrap();
+        let digests = Digests { sha256: "ab".to_owned(), sha512: None };
+        let fresh = Identity::of(&open()).unwrap();
+        store.note(&open(), &fresh, &digests);
+        assert_eq!(store.known(&open()), None, "too fresh to tell a further change");
+
+        let old = Identity { changed: (0, 0), modified: (0, 0), ..fresh.clone() };
+        assert!(old.is_settled());
+        store.write_json(&store.known_path(&fresh), &Known { identity: fresh.clone(), sha256: "ab".into(), sha512: None }).unwrap();
+        assert_eq!(store.known(&open()), Some(digests));
+        File::options().write(true).open(&path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        assert_eq!(store.known(&open()), None, "times count");
+        std::fs::write(store.known_path(&fresh), "{ half").unwrap();
+        assert_eq!(store.known(&open()), None, "a damaged note is none");
+    }
+}

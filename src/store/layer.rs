@@ -1,0 +1,282 @@
+//! Layers: what a guest was after a step. Each is a folder that is named by its key and appears whole.
+//!
+//! ```text
+//! layers/KEY/layer.json   what it is, and what its files must be
+//! layers/KEY/disk.qcow2   an overlay over its parent's disk, or over the base
+//! layers/KEY/memory.MACHINE.zst   the running guest, for machines with this key (not every layer has one)
+//! layers/KEY/used         its mtime is when the layer was last used
+//! ```
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+
+use super::known::Identity;
+use super::{Store, allocated};
+use crate::cancel::Cancel;
+use crate::error::{Error, Exit};
+use crate::event::Events;
+
+/// The version of this format. Layers of another are misses.
+const FORMAT: u32 = 1;
+const RECORD: &str = "layer.json";
+const DISK: &str = "disk.qcow2";
+const USED: &str = "used";
+
+/// What a layer is, as it says itself.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// Its key.
+    pub key: String,
+    /// Its parent's key; none for the booted base.
+    pub parent: Option<String>,
+    /// SHA-256 of the base image.
+    pub base: String,
+    /// The name of the step, or words for the booted base.
+    pub name: String,
+    /// The recipe that made it.
+    pub recipe: String,
+    /// Everything that its key is made of: name of the part, and what it was.
+    pub parts: BTreeMap<String, String>,
+    /// How long the step took, or the boot, in seconds.
+    pub seconds: f64,
+    /// Whether the guest's network was up.
+    pub network_up: bool,
+}
+
+/// What the folder's files must be.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Sealed {
+    #[serde(flatten)]
+    record: Record,
+    disk: Identity,
+    /// By the machine's key.
+    memory: BTreeMap<String, Identity>,
+}
+
+/// A layer in the store. While it lives nothing removes the layer.
+#[derive(Debug)]
+pub struct Layer {
+    folder: PathBuf,
+    sealed: Sealed,
+    _in_use: File,
+}
+
+/// What was found under a key.
+#[derive(Debug)]
+pub enum Lookup {
+    /// The layer.
+    Hit(Box<Layer>),
+    /// There is none.
+    Miss,
+    /// There is something, and it can't be used, for this reason.
+    Damaged(String),
+}
+
+/// The right to make a layer, until it is dropped.
+#[derive(Debug)]
+pub struct Claim(#[expect(dead_code, reason = "held, not read")] File);
+
+/// A layer in the making; dropped before [`Pending::commit`], nothing of it stays.
+#[derive(Debug)]
+pub struct Pending {
+    folder: tempfile::TempDir,
+}
+
+impl Layer {
+    /// What it says of itself.
+    #[must_use]
+    pub fn record(&self) -> &Record {
+        &self.sealed.record
+    }
+
+    /// Its disk.
+    #[must_use]
+    pub fn disk(&self) -> PathBuf {
+        self.folder.join(DISK)
+    }
+
+    /// The guest's memory for a machine, if it is there and whole.
+    #[must_use]
+    pub fn memory(&self, machine: &str) -> Option<PathBuf> {
+        let path = memory_path(&self.folder, machine);
+        let found = Identity::from(&std::fs::metadata(&path).ok()?);
+        (self.sealed.memory.get(machine) == Some(&found)).then_some(path)
+    }
+
+    /// Bytes on the host's disk.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let files = std::fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        files.filter_map(|file| allocated(&file.path()).ok()).sum()
+    }
+}
+
+fn memory_path(folder: &Path, machine: &str) -> PathBuf {
+    folder.join(format!("memory.{machine}.zst"))
+}
+
+impl Store {
+    fn layers(&self) -> PathBuf {
+        self.root.join("layers")
+    }
+
+    /// Where the disk of the layer with this key is, or will be.
+    #[must_use]
+    pub fn layer_disk(&self, key: &str) -> PathBuf {
+        self.layers().join(key).join(DISK)
+    }
+
+    /// Looks a layer up and keeps it from being removed. Never fails: what can't be used is [`Lookup::Damaged`].
+    #[must_use]
+    pub fn layer(&self, key: &str) -> Lookup {
+        let folder = self.layers().join(key);
+        let Ok(in_use) = File::open(folder.join(USED)) else {
+            return if folder.exists() { Lookup::Damaged("it is not whole".to_owned()) } else { Lookup::Miss };
+        };
+        if rustix::fs::flock(&in_use, FlockOperation::LockShared).is_err() || !folder.join(RECORD).exists() {
+            return Lookup::Miss;
+        }
+        match read(&folder, key) {
+            Ok(sealed) => {
+                let _ = in_use.set_modified(std::time::SystemTime::now());
+                Lookup::Hit(Box::new(Layer { folder, sealed, _in_use: in_use }))
+            }
+            Err(why) => Lookup::Damaged(why),
+        }
+    }
+
+    /// The layers that have this parent, the newest first: what a missing layer can be compared with.
+    #[must_use]
+    pub fn children(&self, parent: Option<&str>, base: &str) -> Vec<Record> {
+        let entries = std::fs::read_dir(self.layers()).into_iter().flatten().flatten();
+        let mut found: Vec<_> = entries
+            .filter_map(|entry| {
+                let made = std::fs::metadata(entry.path().join(RECORD)).ok()?.modified().ok()?;
+                let sealed = read(&entry.path(), &entry.file_name().to_string_lossy()).ok()?;
+                let sibling = sealed.record.parent.as_deref() == parent && sealed.record.base == base;
+                sibling.then_some((made, sealed.record))
+            })
+            .collect();
+        found.sort_by_key(|(made, _)| std::cmp::Reverse(*made));
+        found.into_iter().map(|(_, record)| record).collect()
+    }
+
+    /// Claims the making of a layer. Another kiln that makes it is waited for; then there is a layer to look up.
+    ///
+    /// # Errors
+    /// When the store can't be written, or the work is cancelled.
+    pub fn claim(&self, key: &str, events: &Events, cancel: &Cancel) -> Result<Claim, Error> {
+        let path = self.root.join("locks").join(key);
+        let failed = |error: io::Error| Error::io(format!("cannot write to `{}`", path.display()), &error);
+        let mut told = false;
+        loop {
+            cancel.check()?;
+            let lock = File::create(&path).map_err(failed)?;
+            match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+                // Its holder removes the file: a lock on one that is gone is no lock.
+                Ok(()) if path.metadata().is_ok_and(|now| Identity::from(&now) == Identity::of(&lock).unwrap_or_else(|_| Identity::from(&now))) => {
+                    return Ok(Claim(lock));
+                }
+                Ok(()) => {}
+                Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {
+                    if !std::mem::replace(&mut told, true) {
+                        events.note("another kiln is making this layer: waiting for it");
+                    }
+                    // There is no lock to wait for with a signal in mind; a tenth of a second is nothing beside a step.
+                    std::thread::sleep(std::time::Duration::from_millis(100));
+                }
+                Err(error) => return Err(failed(error.into())),
+            }
+        }
+    }
+
+    /// Begins a layer.
+    ///
+    /// # Errors
+    /// When the store can't be written.
+    pub fn begin_layer(&self) -> Result<Pending, Error> {
+        let work = self.root.join("work");
+        let folder = tempfile::Builder::new().prefix("layer-").tempdir_in(&work);
+        let folder =
+            folder.map_err(|error| Error::io(format!("cannot write to `{}`", work.display()), &error))?;
+        Ok(Pending { folder })
+    }
+}
+
+impl Pending {
+    /// Where its disk goes.
+    #[must_use]
+    pub fn disk(&self) -> PathBuf {
+        self.folder.path().join(DISK)
+    }
+
+    /// Where the memory of a machine goes.
+    #[must_use]
+    pub fn memory(&self, machine: &str) -> PathBuf {
+        memory_path(self.folder.path(), machine)
+    }
+
+    /// Puts the layer into the store, in place of a damaged one if there is one. `machines` are the keys of the
+    /// memory states that were written.
+    ///
+    /// # Errors
+    /// When the store can't be written.
+    pub fn commit(self, store: &Store, record: Record, machines: &[String]) -> Result<Box<Layer>, Error> {
+        let key = record.key.clone();
+        let place = store.layers().join(&key);
+        let failed = |error: io::Error| Error::io(format!("cannot keep the layer `{}`", place.display()), &error);
+        let identity = |path: &Path| {
+            let file = File::open(path)?;
+            file.sync_all()?;
+            Identity::of(&file)
+        };
+        let write = || -> io::Result<()> {
+            let disk = identity(&self.disk())?;
+            let memory = machines.iter().map(|machine| Ok((machine.clone(), identity(&self.memory(machine))?)));
+            let memory = memory.collect::<io::Result<_>>()?;
+            let record = Record { format: FORMAT, ..record };
+            std::fs::write(self.folder.path().join(USED), "")?;
+            store.write_json(&self.folder.path().join(RECORD), &Sealed { record, disk, memory })?;
+            if place.exists() {
+                let old = self.folder.path().with_extension("old");
+                std::fs::rename(&place, &old)?;
+                let _ = std::fs::remove_dir_all(old);
+            }
+            std::fs::rename(self.folder.path(), &place)?;
+            File::open(store.layers())?.sync_all()
+        };
+        write().map_err(failed)?;
+        // It has another name now: there is nothing left to remove under the old one.
+        let _ = self.folder.keep();
+        match store.layer(&key) {
+            Lookup::Hit(layer) => Ok(layer),
+            Lookup::Miss => Err(Error::new(Exit::Host, format!("the layer `{}` vanished at once", place.display()))),
+            Lookup::Damaged(why) => {
+                Err(Error::new(Exit::Host, format!("the layer `{}` can't be read back: {why}", place.display())))
+            }
+        }
+    }
+}
+
+fn read(folder: &Path, key: &str) -> Result<Sealed, String> {
+    let text = std::fs::read(folder.join(RECORD)).map_err(|error| format!("{RECORD}: {error}"))?;
+    let sealed: Sealed = serde_json::from_slice(&text).map_err(|error| format!("{RECORD}: {error}"))?;
+    if sealed.record.format != FORMAT {
+        return Err(format!("it has format {}, and this kiln writes {FORMAT}", sealed.record.format));
+    }
+    if sealed.record.key != key {
+        return Err("it says that it is another one".to_owned());
+    }
+    let disk = std::fs::metadata(folder.join(DISK)).map_err(|error| format!("{DISK}: {error}"))?;
+    if Identity::from(&disk) != sealed.disk {
+        return Err(format!("{DISK} was changed"));
+    }
+    Ok(sealed)
+}
