@@ -41,6 +41,13 @@ pub enum Event {
         /// The line without its end; not UTF-8 is replaced.
         line: String,
     },
+    /// A step need not run: its result was kept.
+    StepCached {
+        /// Position in the recipe, from 1.
+        index: usize,
+        /// The step's name.
+        name: String,
+    },
     /// A step ended with status 0.
     StepDone {
         /// Position in the recipe, from 1.
@@ -92,6 +99,7 @@ impl Event {
             Self::StepDone { index, name, took } => {
                 Some(format!("step {index}: done in {}: {name}", show_duration(*took)))
             }
+            Self::StepCached { index, name } => Some(format!("step {index}: kept from before: {name}")),
             Self::Warning { message, help: Some(help) } => Some(format!("warning: {message}; {help}")),
             Self::Warning { message, help: None } => Some(format!("warning: {message}")),
             Self::Note { message } | Self::Detail { message } => Some(message.clone()),

@@ -1,9 +1,30 @@
 //! Recipe and facts become a plan: what will be done, decided before anything runs. Pure.
 
-use crate::disk::{FilesystemKind, WhyNot};
+use std::collections::BTreeMap;
+
+use sha2::{Digest as _, Sha256};
+
+use crate::disk::WhyNot;
 use crate::error::{Error, Exit};
 use crate::recipe::{Arch, Boot, Network, Recipe};
-use crate::units::Size;
+use crate::units::{Size, hex};
+
+/// The version of what layers hold and of how their keys are made. It is part of every key.
+const LAYERS: &str = "1";
+
+/// What something depends on: names of parts, and what they are.
+pub type Parts = BTreeMap<String, String>;
+
+/// SHA-256 over parts, in hex. Lengths go before names and values, so that no two collections give the same bytes.
+#[must_use]
+pub fn digest(parts: &Parts) -> String {
+    let mut hasher = Sha256::new();
+    for text in parts.iter().flat_map(|(name, value)| [name, value]) {
+        hasher.update((text.len() as u64).to_le_bytes());
+        hasher.update(text);
+    }
+    hex(&hasher.finalize())
+}
 
 /// What a plan needs to know of the base and the host. `build` gathers it.
 #[derive(Debug, Clone)]
@@ -14,8 +35,10 @@ pub struct Facts {
     pub direct: Result<(), WhyNot>,
     /// The base's architecture, where the disk shows it.
     pub base_arch: Option<Arch>,
-    /// What the root partition holds.
-    pub root_filesystem: Option<FilesystemKind>,
+    /// SHA-256 of the base image.
+    pub base_sha256: String,
+    /// What each step depends on, in order.
+    pub inputs: Vec<Parts>,
 }
 
 /// How the build guest is started.
@@ -48,7 +71,25 @@ pub struct Plan {
     pub disk_size: Size,
     /// How the guest is started.
     pub boot: BootPath,
+    /// The states that the guest goes through: first the booted base, then one after each step.
+    pub layers: Vec<Layer>,
 }
+
+/// A state of the guest that can be kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layer {
+    /// The step's name, or words for the booted base.
+    pub name: String,
+    /// What it is kept under: the digest of its parts.
+    pub key: String,
+    /// Everything that its content depends on. Its parent's key is among them.
+    pub parts: Parts,
+    /// Whether it may be taken from the store and kept there.
+    pub cached: bool,
+}
+
+/// The part that names the parent's key.
+pub const PARENT: &str = "parent";
 
 impl Plan {
     /// Decides.
@@ -63,8 +104,36 @@ impl Plan {
             return Err(at(recipe, error, recipe.machine.network_span.as_ref())
                 .help("use network = \"open\", or network = \"none\" with everything copied in"));
         }
-        Ok(Self { disk_size: disk_size(recipe, facts)?, boot: boot_path(recipe, facts)? })
+        let (disk_size, boot) = (disk_size(recipe, facts)?, boot_path(recipe, facts)?);
+        let layers = layers(recipe, facts, disk_size, &boot);
+        Ok(Self { disk_size, boot, layers })
     }
+}
+
+/// The keys are a chain: a changed step changes its own key and all that follow. Names, comments, paths on the host and
+/// the order of keys in the recipe are in none of them.
+fn layers(recipe: &Recipe, facts: &Facts, disk_size: Size, boot: &BootPath) -> Vec<Layer> {
+    let part = |name: &str, value: String| (name.to_owned(), value);
+    let parts = Parts::from([
+        part("layers", LAYERS.to_owned()),
+        part("base", facts.base_sha256.clone()),
+        part("disk", disk_size.bytes().to_string()),
+        part("arch", recipe.base.arch.as_str().to_owned()),
+        part("boot", boot.as_str().to_owned()),
+    ]);
+    let mut layers = vec![Layer { name: "the booted base".to_owned(), key: digest(&parts), parts, cached: true }];
+    for (step, inputs) in recipe.steps.iter().zip(&facts.inputs) {
+        let (parent, cached) = layers.last().map(|layer| (layer.key.clone(), layer.cached)).unwrap_or_default();
+        let mut parts = inputs.clone();
+        parts.extend([
+            part(PARENT, parent),
+            part("network", recipe.machine.network.as_str().to_owned()),
+            part("reboot", step.reboot.to_string()),
+        ]);
+        // What follows a step that always runs depends on what it did this time.
+        layers.push(Layer { name: step.name.clone(), key: digest(&parts), parts, cached: cached && step.cache });
+    }
+    layers
 }
 
 fn at(recipe: &Recipe, error: Error, span: Option<&std::ops::Range<usize>>) -> Error {
@@ -126,8 +195,9 @@ mod tests {
     }
 
     fn facts() -> Facts {
-        let root_filesystem = Some(FilesystemKind::Ext);
-        Facts { base_size: 5 * GIB / 2, direct: Ok(()), base_arch: Some(Arch::X86_64), root_filesystem }
+        let inputs = vec![Parts::from([("script".to_owned(), "ab".to_owned())]); 3];
+        let base_sha256 = "cd".repeat(32);
+        Facts { base_size: 5 * GIB / 2, direct: Ok(()), base_arch: Some(Arch::X86_64), base_sha256, inputs }
     }
 
     #[test]
@@ -155,5 +225,37 @@ mod tests {
         let facts = Facts { base_arch: Some(Arch::Aarch64), ..facts() };
         let error = Plan::new(&recipe(""), &facts).unwrap_err();
         assert_eq!(error.message, "the base image is for aarch64, and the recipe says x86_64");
+    }
+
+    #[test]
+    fn a_changed_step_changes_its_key_and_those_that_follow() {
+        const STEPS: &str =
+            "[[provision]]\ninline = \"a\"\n[[provision]]\ninline = \"b\"\n[[provision]]\ninline = \"c\"\n";
+        let keys = |recipe: &Recipe, facts: &Facts| -> Vec<String> {
+            Plan::new(recipe, facts).unwrap().layers.into_iter().map(|layer| layer.key).collect()
+        };
+        let first = keys(&recipe(STEPS), &facts());
+        assert_eq!(first.len(), 4);
+        let same = format!("description = \"new words\"\n[machine]\ncpus = 4\nmemory = \"2GiB\"\n# words\n{STEPS}");
+        assert_eq!(keys(&recipe(&same.replace("description = \"new words\"\n", "")), &facts()), first);
+        let mut changed = facts();
+        changed.inputs[1].insert("env A".to_owned(), "1".to_owned());
+        let second = keys(&recipe(STEPS), &changed);
+        assert_eq!(second[..2], first[..2]);
+        assert!(second[2] != first[2] && second[3] != first[3]);
+        for more in ["[disk]\nsize = \"4GiB\"\n", "[machine]\nboot = \"firmware\"\n"] {
+            assert_ne!(keys(&recipe(&format!("{more}{STEPS}")), &facts())[0], first[0], "{more}");
+        }
+        let closed = keys(&recipe(&format!("[machine]\nnetwork = \"none\"\n{STEPS}")), &facts());
+        assert_eq!(closed[0], first[0], "the booted base has no network yet");
+        assert_ne!(closed[1], first[1]);
+    }
+
+    #[test]
+    fn what_always_runs_is_not_kept_nor_what_follows_it() {
+        let steps = "[[provision]]\ninline = \"a\"\n[[provision]]\ninline = \"b\"\ncache = false\n[[provision]]\ninline = \"c\"\n";
+        let cached: Vec<_> =
+            Plan::new(&recipe(steps), &facts()).unwrap().layers.iter().map(|layer| layer.cached).collect();
+        assert_eq!(cached, [true, true, false, false]);
     }
 }

@@ -18,7 +18,7 @@ fn a_build_prints_its_folder() {
     assert_eq!(bench.names("out/web"), ["blocks", "build.log", "console.log", "disk.raw", "manifest.json", "steps"]);
     assert_eq!(bench.path("out/web/disk.raw").metadata().unwrap().len(), 1 << 30);
     let moments: Vec<_> = bench.commands().iter().map(|command| command["moment"].clone()).collect();
-    assert_eq!(moments, ["own", "step hello", "own", "own", "own", "freeze"]);
+    assert_eq!(moments, ["own", "sync", "step hello", "sync", "own", "own", "own", "freeze"]);
 }
 
 #[test]
@@ -71,24 +71,6 @@ fn a_folder_that_no_build_made_is_not_replaced() {
     "#);
     assert_eq!(bench.read("web/index.html"), "mine");
     bench.assert_no_qemu();
-}
-
-#[test]
-fn two_builds_at_once_do_not_disturb_each_other() {
-    let bench = bench();
-    // The first waits in its step until the second is in its own.
-    let wait = |mine: &str| step(json!([["wait-for", "go"], ["print", format!("{mine}\n")]]));
-    let builds: Vec<_> = ["one", "two"].map(|name| bench.build(&wait(name)).start()).into();
-    crate::support::wait_until("both guests", || bench.qemus().len() == 2);
-    assert_eq!(bench.names("cache/work").len(), 2, "each has its own scratch");
-    bench.write("traces/go", "");
-    for build in builds {
-        assert_eq!(build.end().succeeded(), "out/web\n");
-    }
-    bench.assert_tidy(&["web"]);
-    let log = bench.read("out/web/steps/01-hello.log");
-    assert!(log == "one\n" || log == "two\n", "one of the two, whole: {log:?}");
-    assert!(bench.names("out/web").contains(&"manifest.json".to_owned()));
 }
 
 #[test]

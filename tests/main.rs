@@ -10,3 +10,4 @@ mod rehearse;
 mod signals;
 mod support;
 mod tidy;
+mod warm;

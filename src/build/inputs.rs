@@ -12,6 +12,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
+use crate::plan::Parts;
 use crate::provisioners;
 use crate::recipe::{Action, Recipe, Step};
 use crate::units::hex;
@@ -20,8 +21,8 @@ use crate::units::hex;
 pub(super) struct Inputs {
     /// The script's bytes; a copy has none.
     pub(super) script: Option<Vec<u8>>,
-    /// SHA-256 over everything that can change what the step does: see [`digest`].
-    pub(super) sha256: String,
+    /// Everything that can change what the step does.
+    pub(super) parts: Parts,
 }
 
 /// Reads what all steps take in.
@@ -50,14 +51,13 @@ fn read_step(recipe: &Recipe, step: &Step, epoch: Option<u64>, cancel: &Cancel) 
         let path = recipe.dir().join(from);
         trees.push((PathBuf::new(), std::fs::canonicalize(&path).map_err(|error| missing(&path, error))?));
     }
-    let sha256 =
-        digest(recipe, step, script.as_deref(), &trees, epoch, cancel).map_err(|(path, error)| {
-            match cancel.check() {
-                Err(cancelled) => cancelled.into(),
-                Ok(()) => missing(&path, error),
-            }
-        })?;
-    Ok(Inputs { script, sha256 })
+    let parts = parts(recipe, step, script.as_deref(), &trees, epoch, cancel).map_err(|(path, error)| match cancel
+        .check()
+    {
+        Err(cancelled) => cancelled.into(),
+        Ok(()) => missing(&path, error),
+    })?;
+    Ok(Inputs { script, parts })
 }
 
 /// The files next to a step's script: their names in the guest, and where they are.
@@ -89,86 +89,80 @@ fn plain(error: &io::Error) -> String {
 
 type Lost = (PathBuf, io::Error);
 
-/// Length-prefixed fields into one digest, so that no two different inputs give the same bytes.
-struct Fields(Sha256);
+/// Words in the names of variables whose values are nobody's business: only their digests are kept.
+const SECRET: [&str; 6] = ["TOKEN", "SECRET", "PASS", "KEY", "CREDENTIAL", "AUTH"];
 
-impl Fields {
-    fn add(&mut self, field: impl AsRef<[u8]>) {
-        let field = field.as_ref();
-        self.0.update((field.len() as u64).to_le_bytes());
-        self.0.update(field);
-    }
-}
-
-/// The digest of a step's inputs: what is done, its script, its environment, and the files that it takes in with their
-/// names, kinds, modes and bytes. The files' times and places on the host are left out; so is a `SOURCE_DATE_EPOCH`
-/// that nobody set.
-fn digest(
+/// What a step's result depends on, part by part: what is done, its script, its environment, and the files that it takes
+/// in with their names, kinds, modes and bytes. The files' times and places on the host are left out; so is a
+/// `SOURCE_DATE_EPOCH` that nobody set.
+fn parts(
     recipe: &Recipe,
     step: &Step,
     script: Option<&[u8]>,
     trees: &[(PathBuf, PathBuf)],
     epoch: Option<u64>,
     cancel: &Cancel,
-) -> Result<String, Lost> {
-    let mut fields = Fields(Sha256::new());
-    fields.add("kiln step 1");
+) -> Result<Parts, Lost> {
+    let mut parts = Parts::new();
+    let mut add = |name: &str, value: String| drop(parts.insert(name.to_owned(), value));
     match &step.action {
         Action::Copy { to, contents, owner, mode, from } => {
-            fields.add("copy");
-            fields.add(to);
-            fields.add([u8::from(*contents)]);
-            fields.add(from.file_name().unwrap_or_default().as_bytes());
-            fields.add(owner.as_deref().unwrap_or_default());
-            fields.add(mode.map(|mode| format!("{mode:o}")).unwrap_or_default());
+            add("action", if *contents { "copy what is in it" } else { "copy" }.to_owned());
+            add("from", from.file_name().unwrap_or_default().to_string_lossy().into_owned());
+            add("to", to.clone());
+            add("owner", owner.clone().unwrap_or_else(|| "root".to_owned()));
+            add("mode", mode.map_or_else(|| "as it is".to_owned(), |mode| format!("{mode:04o}")));
         }
-        Action::Uses { .. } => {
-            fields.add("uses");
-            fields.add(provisioners::LIBRARY);
+        Action::Uses { provisioner, .. } => {
+            add("action", format!("uses {}", provisioner.name));
+            add("library", hex(&Sha256::digest(provisioners::LIBRARY)));
         }
-        Action::File { .. } | Action::Inline { .. } => fields.add("script"),
+        Action::File { .. } | Action::Inline { .. } => add("action", "script".to_owned()),
     }
-    fields.add(script.unwrap_or_default());
-    fields.add(epoch.map(|epoch| epoch.to_string()).unwrap_or_default());
-    if script.is_some() {
-        for (key, value) in environment(recipe, step) {
-            fields.add(key);
-            fields.add(value);
+    if let Some(script) = script {
+        add("script", hex(&Sha256::digest(script)));
+        // Names change nothing, unless the script looks at them.
+        let looks_at =
+            |name: &str| !trees.is_empty() || script.windows(name.len()).any(|window| window == name.as_bytes());
+        let unseen = |name: &str| matches!(name, "KILN_NAME" | "KILN_STEP") && !looks_at(name);
+        for (name, value) in environment(recipe, step).into_iter().filter(|(name, _)| !unseen(name)) {
+            let secret = SECRET.iter().any(|word| name.to_ascii_uppercase().contains(word));
+            let shown = if secret { format!("sha256 {}", hex(&Sha256::digest(&value))) } else { value };
+            add(&format!("env {name}"), shown);
         }
+    }
+    if let Some(epoch) = epoch {
+        add("SOURCE_DATE_EPOCH", epoch.to_string());
     }
     for (name, path) in trees {
-        fields.add("tree");
-        add_tree(&mut fields, name, path, cancel)?;
+        add_tree(&mut parts, name, path, cancel)?;
     }
-    Ok(hex(&fields.0.finalize()))
+    Ok(parts)
 }
 
-fn add_tree(fields: &mut Fields, name: &Path, path: &Path, cancel: &Cancel) -> Result<(), Lost> {
+fn add_tree(parts: &mut Parts, name: &Path, path: &Path, cancel: &Cancel) -> Result<(), Lost> {
     let lost = |error: io::Error| (path.to_owned(), error);
     let metadata = std::fs::symlink_metadata(path).map_err(lost)?;
-    fields.add(name.as_os_str().as_bytes());
     let kind = metadata.file_type();
-    if kind.is_symlink() {
-        fields.add("link");
-        fields.add(std::fs::read_link(path).map_err(lost)?.as_os_str().as_bytes());
+    // Names need not be UTF-8: escaped, no two are alike.
+    let part = format!("file {}", name.as_os_str().as_bytes().escape_ascii());
+    let value = if kind.is_symlink() {
+        format!("link to {}", std::fs::read_link(path).map_err(lost)?.as_os_str().as_bytes().escape_ascii())
     } else if kind.is_dir() {
-        fields.add("folder");
-        fields.add(mode(&metadata));
         for entry in names(path).map_err(lost)? {
-            add_tree(fields, &name.join(&entry), &path.join(&entry), cancel)?;
+            add_tree(parts, &name.join(&entry), &path.join(&entry), cancel)?;
         }
-        fields.add("end");
+        format!("folder {}", mode(&metadata))
     } else if kind.is_file() {
-        fields.add("file");
-        fields.add(mode(&metadata));
-        add_file(fields, path, cancel).map_err(lost)?;
+        format!("{} {}", mode(&metadata), hash(path, cancel).map_err(lost)?)
     } else {
         return Err(lost(io::Error::other("it is neither a file, a folder nor a link")));
-    }
+    };
+    parts.insert(part, value);
     Ok(())
 }
 
-fn add_file(fields: &mut Fields, path: &Path, cancel: &Cancel) -> io::Result<()> {
+fn hash(path: &Path, cancel: &Cancel) -> io::Result<String> {
     let mut file = std::fs::File::open(path)?;
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 18];
@@ -176,8 +170,7 @@ fn add_file(fields: &mut Fields, path: &Path, cancel: &Cancel) -> io::Result<()>
         hasher.update(&buffer[..n]);
         cancel.check().map_err(io::Error::other)?;
     }
-    fields.add(hasher.finalize());
-    Ok(())
+    Ok(hex(&hasher.finalize()))
 }
 
 /// The names in a folder, in order.
@@ -199,7 +192,7 @@ mod tests {
     fn digest_of(folder: &Path, more: &str) -> String {
         let text = format!("name = \"web\"\n[base]\nimage = \"b\"\n{more}");
         let recipe = crate::recipe::parse(&folder.join("web.toml"), &text, &[]).unwrap();
-        read(&recipe, None, &Cancel::default()).unwrap().remove(0).sha256
+        crate::plan::digest(&read(&recipe, None, &Cancel::default()).unwrap().remove(0).parts)
     }
 
     #[test]

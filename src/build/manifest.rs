@@ -20,6 +20,9 @@ pub const DISK: &str = "disk.raw";
 pub struct Manifest {
     /// [`SCHEMA`].
     pub schema: u32,
+    /// The digest of everything that the output depends on.
+    #[serde(default)]
+    pub artifact: String,
     /// The recipe's name.
     pub name: String,
     /// The recipe's description.

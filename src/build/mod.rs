@@ -2,6 +2,7 @@
 
 mod archive;
 mod inputs;
+mod layers;
 mod log;
 pub mod manifest;
 mod output;
@@ -17,10 +18,10 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use sha2::{Digest as _, Sha256};
 
 use crate::cancel::Cancel;
-use crate::disk::{self, BLOCK, Image, Overlay, Table, Work};
+use crate::disk::{self, BLOCK, Backing, Image, Overlay, Table, Work};
 use crate::error::{Error, Exit};
 use crate::event::{Event, Events};
-use crate::plan::{BootPath, Facts, Plan};
+use crate::plan::{self, BootPath, Facts, Plan};
 use crate::recipe::{self, Arch, Recipe};
 use crate::store::{self, Imported, Scratch, Store};
 use crate::units::{MIB, Size, hex};
@@ -30,6 +31,8 @@ use crate::vm::host::Host;
 use crate::vm::spec::Accelerator;
 use crate::{exec, vm};
 use inputs::Inputs;
+pub use layers::Fresh;
+use layers::{Layers, Start};
 use manifest::{DISK, GuestFacts, Manifest, Phase, PublishFacts, SCHEMA, StepFacts, TestFacts};
 use output::Pending;
 use session::Session;
@@ -57,6 +60,8 @@ pub struct Request {
     pub source_date_epoch: Option<u64>,
     /// Keep the failed guest's disk.
     pub keep_on_error: bool,
+    /// What must not be taken from the store.
+    pub fresh: Fresh,
 }
 
 /// A finished output folder.
@@ -78,10 +83,13 @@ pub fn build(request: &Request, store: &Store, events: &Events, cancel: &Cancel)
         events.emit(Event::Warning { message: warning.message.clone(), help: Some(warning.help.clone()) });
     }
     let inputs = inputs::read(&recipe, request.source_date_epoch, cancel)?;
+    if let Some(artifact) = finished(&recipe, &inputs, request, store, events, cancel)? {
+        return Ok(artifact);
+    }
     let host = Host::find(request.qemu.clone(), request.qemu_img.clone(), cancel)?;
     let accelerator = choose_accelerator(request.accelerator, &host, store, events, cancel)?;
     let base = import_base(&recipe, &host, store, events, cancel)?;
-    let (plan, growth) = make_plan(&recipe, &base)?;
+    let (plan, root, growth) = make_plan(&recipe, &base, &inputs)?;
     if let BootPath::Firmware { reason } = &plan.boot {
         events.note(format!("booting by firmware: {reason}"));
     }
@@ -100,12 +108,64 @@ pub fn build(request: &Request, store: &Store, events: &Events, cancel: &Cancel)
         events: &recorder.events,
         cancel,
         boots: 0,
+        overlays: 0,
+        first_overlay: 0,
+        network_up: false,
     };
-    let job = Job { request, base: &base, growth, inputs: &inputs, recorder: &recorder };
+    let job = Job { request, base: &base, store, root, growth, inputs: &inputs, recorder: &recorder };
     match job.run(session, &pending) {
-        Ok(manifest) => Ok(Artifact { folder: pending.commit()?, manifest }),
+        Ok(manifest) => {
+            let folder = pending.commit()?;
+            store.know_disk(&folder.join(DISK), &manifest.digest);
+            Ok(Artifact { folder, manifest })
+        }
         Err(error) => Err(keep_failure(error, request, pending, &scratch)),
     }
+}
+
+/// The output of an earlier build, if it is what this build would make: then there is nothing to do.
+fn finished(
+    recipe: &Recipe,
+    inputs: &[Inputs],
+    request: &Request,
+    store: &Store,
+    events: &Events,
+    cancel: &Cancel,
+) -> Result<Option<Artifact>, Error> {
+    let recipe::Image::Path(path) = &recipe.base.image else { return Ok(None) };
+    if request.fresh != Fresh::Nothing {
+        return Ok(None);
+    }
+    let folder = request.out.join(&recipe.name);
+    let Ok(manifest) = Manifest::read(&folder) else { return Ok(None) };
+    let Some(base) = store.imported(&from_home(path), recipe.base.digest.as_ref(), cancel)? else { return Ok(None) };
+    let (plan, ..) = make_plan(recipe, &base, inputs)?;
+    let same = plan.layers.iter().all(|layer| layer.cached)
+        && manifest.artifact == artifact_key(recipe, &plan)
+        && store.knows_disk(&folder.join(DISK), &manifest.digest);
+    if !same {
+        return Ok(None);
+    }
+    events.note(format!("nothing changed since `{}` was built", folder.display()));
+    Ok(Some(Artifact { folder, manifest }))
+}
+
+/// What an output folder depends on.
+fn artifact_key(recipe: &Recipe, plan: &Plan) -> String {
+    let part = |name: &str, value: String| (name.to_owned(), value);
+    let keep: Vec<_> = recipe.seal.keep.iter().map(|keep| keep.as_str()).collect();
+    let tests = serde_json::to_string(&TestFacts::of(recipe)).unwrap_or_default();
+    let publish = serde_json::to_string(&PublishFacts::of(recipe)).unwrap_or_default();
+    plan::digest(&plan::Parts::from([
+        part("layer", plan.layers.last().map(|layer| layer.key.clone()).unwrap_or_default()),
+        part("name", recipe.name.clone()),
+        part("description", recipe.description.clone()),
+        part("seal", format!("{} {}", recipe.seal.enabled, keep.join(" "))),
+        part("scripts", [session::SETTLE, session::SEAL, session::NETWORK_DOWN].concat()),
+        part("kiln", env!("CARGO_PKG_VERSION").to_owned()),
+        part("tests", tests),
+        part("publish", publish),
+    ]))
 }
 
 /// Reads and parses a recipe.
@@ -163,9 +223,9 @@ pub fn plan(
     events: &Events,
     cancel: &Cancel,
 ) -> Result<(Plan, Imported), Error> {
-    inputs::read(recipe, None, cancel)?;
+    let inputs = inputs::read(recipe, None, cancel)?;
     let base = import_base(recipe, host, store, events, cancel)?;
-    Ok((make_plan(recipe, &base)?.0, base))
+    Ok((make_plan(recipe, &base, &inputs)?.0, base))
 }
 
 fn import_base(
@@ -202,8 +262,8 @@ fn from_home(path: &Path) -> PathBuf {
     }
 }
 
-/// What is to be done, and the sectors that make the partition table right for the new size.
-fn make_plan(recipe: &Recipe, base: &Imported) -> Result<(Plan, Growth), Error> {
+/// What is to be done, the kernel's `root=`, and the sectors that make the partition table right for the new size.
+fn make_plan(recipe: &Recipe, base: &Imported, inputs: &[Inputs]) -> Result<(Plan, String, Growth), Error> {
     let at_base = |error: disk::Error| disk_failure(error).at(recipe.place(&recipe.base.span));
     let image = Image::raw(&base.disk).map_err(at_base)?;
     let table = Table::read(&image).map_err(at_base)?;
@@ -219,9 +279,11 @@ fn make_plan(recipe: &Recipe, base: &Imported) -> Result<(Plan, Growth), Error> 
             disk::Arch::X86_64 => Arch::X86_64,
             disk::Arch::Aarch64 => Arch::Aarch64,
         }),
-        root_filesystem: root.map(|root| root.filesystem.kind),
-        direct: files.map(drop),
+        base_sha256: base.sha256.clone(),
+        inputs: inputs.iter().map(|inputs| inputs.parts.clone()).collect(),
+        direct: files.as_ref().map(drop).map_err(Clone::clone),
     };
+    let kernel_root = files.map_or_else(|_| String::new(), |files| files.root);
     let plan = Plan::new(recipe, &facts)?;
     let size = plan.disk_size.bytes();
     let patches = match root {
@@ -238,7 +300,7 @@ fn make_plan(recipe: &Recipe, base: &Imported) -> Result<(Plan, Growth), Error> 
                 .at(recipe.place(&recipe.base.span)));
         }
     };
-    Ok((plan, Growth { grows: size != table.size || !patches.is_empty(), patches }))
+    Ok((plan, kernel_root, Growth { grows: size != table.size || !patches.is_empty(), patches }))
 }
 
 /// How the base's partition table changes.
@@ -270,6 +332,9 @@ fn check_room(base: &Imported, request: &Request, store: &Store) -> Result<(), E
 struct Job<'a> {
     request: &'a Request,
     base: &'a Imported,
+    store: &'a Store,
+    /// The kernel's `root=`.
+    root: String,
     growth: Growth,
     inputs: &'a [Inputs],
     recorder: &'a Recorder,
@@ -278,33 +343,89 @@ struct Job<'a> {
 impl Job<'_> {
     fn run(&self, mut session: Session<'_>, pending: &Pending) -> Result<Manifest, Error> {
         let events = session.events;
-        let size = session.plan.disk_size.bytes();
-        Overlay::create(&session.overlay(), size, &self.base.disk, &self.growth.patches).map_err(disk_failure)?;
+        let machine = layers::machine_key(&session, &session.shape(&self.root)?);
+        let mut layers = Layers::new(self.store, &session, &self.base.sha256, machine);
+        let start = layers.start(fresh_from(&self.request.fresh, session.plan)?, &session)?;
+        let mut guest = self.begin(&mut session, &mut layers, &start)?;
+        session.give_network(&mut guest)?;
 
-        let mut guest = Self::boot(&mut session)?;
-        if self.growth.grows {
-            session.own(&mut guest, "the larger root filesystem", session::GROW, &BTreeMap::new())?;
-        }
-        let mut done = Vec::new();
+        let mut done = self.cached_steps(&session, start.done());
         let given = self.request.source_date_epoch;
         let epoch = Epoch { seconds: given.unwrap_or_else(now), given: given.is_some() };
-        for index in 0..session.recipe.steps.len() {
+        for index in done.len()..session.recipe.steps.len() {
+            let started = Instant::now();
             let step = steps::run(&session, &mut guest, index, &self.inputs[index], pending, epoch);
             done.push(step.inspect_err(|error| {
                 if self.request.keep_on_error && error.exit == Exit::Step {
                     // What the step wrote is still in the guest's memory. If it can't be had, its disk is as it is.
-                    let _ = session.own(&mut guest, "the guest's last writes", "sync", &BTreeMap::new());
+                    let _ = guest.sync(Duration::from_secs(60));
                 }
             })?);
             if session.recipe.steps[index].reboot {
                 guest = Self::reboot(&mut session, guest)?;
+                session.give_network(&mut guest)?;
             }
+            let checkpoint = session.recipe.steps[index].checkpoint;
+            layers.keep(index + 1, started.elapsed(), checkpoint, &mut session, &mut guest)?;
         }
-        let packages = events.phase("seal", "sealing the disk", |_| String::new(), || seal(&session, guest))?;
+        let packages = events.phase("seal", "sealing the disk", |_| String::new(), || seal(&mut session, guest))?;
         let exported = Self::export(&session, pending)?;
         let manifest = self.manifest(&session, &exported, done, &packages)?;
         manifest.write(&pending.path())?;
         Ok(manifest)
+    }
+
+    /// The guest where the build begins: at the base, which is booted and grown, or at a layer.
+    fn begin(&self, session: &mut Session<'_>, layers: &mut Layers<'_>, start: &Start) -> Result<Guest, Error> {
+        let size = session.plan.disk_size.bytes();
+        let overlay = |session: &Session<'_>, backing: Backing<'_>, patches: &[disk::Patch]| {
+            let _ = std::fs::remove_file(session.overlay());
+            Overlay::create(&session.overlay(), size, backing, patches).map_err(disk_failure)
+        };
+        if let (Start::Layer { index, memory }, Some(behind)) = (start, layers.behind()) {
+            let name = &session.plan.layers[*index].name;
+            overlay(session, Backing::Overlay(&behind), &[])?;
+            if let Some(memory) = memory {
+                let network_up = layers.network_up();
+                let detail = format!("taking up the guest after `{name}`");
+                let resumed =
+                    session.events.phase("resume", detail, |_| String::new(), || session.resume(memory, network_up));
+                match resumed {
+                    Err(error) if !matches!(error.exit, Exit::Signal(_)) => session
+                        .events
+                        .warn(format!("the kept memory after `{name}` can't be taken up: {}", error.message)),
+                    resumed => return resumed,
+                }
+                overlay(session, Backing::Overlay(&behind), &[])?;
+            }
+            return Self::boot(session);
+        }
+        let base = Path::new("../../bases").join(&self.base.sha256).join("disk.raw");
+        overlay(session, Backing::Raw(&base), &self.growth.patches)?;
+        let started = Instant::now();
+        let mut guest = Self::boot(session)?;
+        if self.growth.grows {
+            session.own(&mut guest, "the larger root filesystem", session::GROW, &BTreeMap::new())?;
+        }
+        // Nothing is worth keeping more than a boot.
+        layers.keep(0, started.elapsed(), Some(true), session, &mut guest)?;
+        Ok(guest)
+    }
+
+    /// What is known of the steps that need not run.
+    fn cached_steps(&self, session: &Session<'_>, layers: usize) -> Vec<StepFacts> {
+        let steps = session.recipe.steps.iter().zip(self.inputs).take(layers.saturating_sub(1));
+        let facts = |(index, (step, inputs)): (usize, (&recipe::Step, &Inputs))| {
+            session.events.emit(Event::StepCached { index: index + 1, name: step.name.clone() });
+            StepFacts {
+                name: step.name.clone(),
+                sha256: crate::plan::digest(&inputs.parts),
+                seconds: 0.0,
+                cached: true,
+                log: String::new(),
+            }
+        };
+        steps.enumerate().map(facts).collect()
     }
 
     fn boot(session: &mut Session<'_>) -> Result<Guest, Error> {
@@ -375,6 +496,7 @@ impl Job<'_> {
         };
         Ok(Manifest {
             schema: SCHEMA,
+            artifact: artifact_key(recipe, session.plan),
             name: recipe.name.clone(),
             description: recipe.description.clone(),
             arch: recipe.base.arch.as_str().to_owned(),
@@ -420,7 +542,7 @@ struct Export {
 
 /// Takes away what the build left and what instances must not share, then stops the guest with its disk clean. The
 /// packages that are installed, one a line.
-fn seal(session: &Session<'_>, mut guest: Guest) -> Result<Vec<u8>, Error> {
+fn seal(session: &mut Session<'_>, mut guest: Guest) -> Result<Vec<u8>, Error> {
     let seal = &session.recipe.seal;
     session.own(&mut guest, "the guest's end", session::SETTLE, &BTreeMap::new())?;
     // Now that nothing of the steps' runs any more that could print into the list.
@@ -437,6 +559,24 @@ fn seal(session: &Session<'_>, mut guest: Guest) -> Result<Vec<u8>, Error> {
         error => guest_failure(error),
     })?;
     Ok(packages)
+}
+
+/// How many layers may be looked for in the store.
+fn fresh_from(fresh: &Fresh, plan: &Plan) -> Result<usize, Error> {
+    let all = plan.layers.len();
+    let step = match fresh {
+        Fresh::Nothing => return Ok(all),
+        Fresh::All => return Ok(0),
+        Fresh::From(step) => step,
+    };
+    let named = plan.layers.iter().skip(1).position(|layer| layer.name == *step);
+    let numbered = step.parse::<usize>().ok().filter(|number| (1..all).contains(number)).map(|number| number - 1);
+    match named.or(numbered) {
+        // The layers before the step's own.
+        Some(index) => Ok(index + 1),
+        None => Err(Error::new(Exit::Usage, format!("--no-cache: the recipe has no step `{step}`"))
+            .help("name a step, or give its number; `kiln plan` lists them")),
+    }
 }
 
 fn now() -> u64 {
@@ -523,22 +663,44 @@ fn keep_failure(mut error: Error, request: &Request, pending: Pending, scratch: 
     if let Exit::Signal(_) = error.exit {
         return error;
     }
-    let overlay = scratch.path().join(output::OVERLAY);
-    let keep = request.keep_on_error && overlay.is_file();
     let (build_log, console_log) = (pending.after_failure(output::BUILD_LOG), pending.after_failure("console.log"));
-    match pending.fail(keep.then_some(overlay.as_path())) {
+    match pending.fail() {
         Ok(folder) => {
             if error.log.is_none() {
                 let console = std::fs::metadata(&console_log).is_ok_and(|console| console.len() > 0);
                 error.log = Some(if console { console_log } else { build_log });
             }
-            if keep {
-                let overlay = folder.join(output::OVERLAY);
-                error.notes.push(format!("the guest's disk is kept: {}", overlay.display()));
-                error.notes.push(format!("look into it: qemu-img convert -O raw {} disk.raw", overlay.display()));
+            if request.keep_on_error {
+                error.notes.extend(keep_disk(scratch.path(), &folder));
             }
         }
         Err(lost) => error.notes.push(format!("the logs could not be kept: {lost}")),
     }
     error
+}
+
+/// Keeps the failed guest's disk, with all that is behind its overlay, and says how to look into it.
+fn keep_disk(scratch: &Path, folder: &Path) -> Vec<String> {
+    let overlays = (0..).map(|number| scratch.join(format!("overlay-{number}.qcow2")));
+    let mut written = overlays.skip_while(|path| !path.exists()).take_while(|path| path.exists());
+    let Some(overlay) = written.by_ref().last() else { return Vec::new() };
+    let kept = folder.join(output::FAILED_DISK);
+    let root = Image::overlay(&overlay).and_then(|image| {
+        disk::export(&image, &kept, &Work::quiet(4))?;
+        let table = Table::read(&image)?;
+        Ok(table.find_root(&image)?.map_or(0, |root| root.start))
+    });
+    match root {
+        Ok(start) => {
+            let shown = kept.display();
+            vec![
+                format!("the guest's disk is kept: {shown}"),
+                format!("look into it: sudo mount -o ro,loop,offset={start} {shown} /mnt"),
+            ]
+        }
+        Err(lost) => {
+            let _ = std::fs::remove_file(&kept);
+            vec![format!("the guest's disk could not be kept: {}", disk_failure(lost).message)]
+        }
+    }
 }

@@ -12,7 +12,7 @@ use crate::store::{self, Scratch};
 /// The build's log in the output folder.
 pub(super) const BUILD_LOG: &str = "build.log";
 /// A failed guest's disk among its logs.
-pub(super) const OVERLAY: &str = "overlay.qcow2";
+pub(super) const FAILED_DISK: &str = "failed-disk.raw";
 /// What was published from the output folder.
 const PUBLISHED: &str = "published.json";
 
@@ -67,8 +67,8 @@ impl Pending {
         Ok(self.folder.clone())
     }
 
-    /// Keeps the logs, and `overlay` if there is one to keep, under `NAME.failed`.
-    pub(super) fn fail(self, overlay: Option<&Path>) -> io::Result<PathBuf> {
+    /// Keeps the logs under `NAME.failed`.
+    pub(super) fn fail(self) -> io::Result<PathBuf> {
         let new = self.path();
         let _ = std::fs::remove_file(new.join("disk.raw"));
         match std::fs::remove_dir_all(&self.failed) {
@@ -76,13 +76,6 @@ impl Pending {
             _ => {}
         }
         fs_err::rename(&new, &self.failed)?;
-        if let Some(overlay) = overlay {
-            let kept = self.failed.join(OVERLAY);
-            // Another filesystem than the cache's can only be copied to.
-            if std::fs::rename(overlay, &kept).is_err() {
-                fs_err::copy(overlay, &kept).inspect_err(|_| drop(std::fs::remove_file(&kept)))?;
-            }
-        }
         Ok(self.failed.clone())
     }
 }
@@ -160,7 +153,7 @@ mod tests {
         std::fs::write(pending.path().join("build.log"), "words").unwrap();
         std::fs::write(pending.path().join("disk.raw"), "half").unwrap();
         std::fs::write(pending.path().join("console.log"), "words").unwrap();
-        let failed = pending.fail(None).unwrap();
+        let failed = pending.fail().unwrap();
         assert!(failed.join("console.log").is_file() && !failed.join("disk.raw").exists());
         assert!(parent.path().join("web").is_dir());
         Pending::begin(parent.path(), "web").unwrap().commit().unwrap();

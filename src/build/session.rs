@@ -17,11 +17,13 @@ use crate::recipe::{Network, Recipe};
 use crate::units::show_duration;
 use crate::vm::guest::{Ended, Guest};
 use crate::vm::process::{Launch, Machine};
-use crate::vm::spec::{self, Accelerator, Boot, DiskBus, Spec};
+use crate::vm::spec::{self, Accelerator, Boot, DiskBus, MemoryState, Spec};
 use crate::vm::{self, Sink, filter, host::Host, seed};
 
 /// How long a guest may take to boot, under software emulation of a slow host, unless the recipe says otherwise.
 const BOOT_LIMIT: Duration = Duration::from_secs(600);
+/// How long a restored guest may take to answer.
+const RESUME_LIMIT: Duration = Duration::from_secs(60);
 /// How long kiln's own scripts may take.
 const OWN_LIMIT: Duration = Duration::from_secs(300);
 
@@ -43,19 +45,56 @@ pub(super) struct Session<'a> {
     pub(super) events: &'a Events,
     pub(super) cancel: &'a Cancel,
     pub(super) boots: u32,
+    /// The number of the overlay that the guest writes to.
+    pub(super) overlays: u32,
+    /// The number of the overlay that the running QEMU was started with.
+    pub(super) first_overlay: u32,
+    /// Whether the guest has its network.
+    pub(super) network_up: bool,
 }
 
 impl Session<'_> {
     /// Where the guest's overlay is.
     pub(super) fn overlay(&self) -> PathBuf {
-        self.scratch.join("overlay.qcow2")
+        self.scratch.join(format!("overlay-{}.qcow2", self.overlays))
     }
 
-    /// Starts the guest and waits for its agent; gives it the network if it has one.
+    /// The overlay that the guest writes to now, and the one that it will go on in.
+    pub(super) fn next_overlay(&mut self) -> (PathBuf, PathBuf) {
+        let old = self.overlay();
+        self.overlays += 1;
+        (old, self.overlay())
+    }
+
+    /// QEMU's names for the last two overlays.
+    pub(super) fn nodes(&self) -> (String, String) {
+        let name = |number: u32| match number {
+            number if number == self.first_overlay => spec::ROOT_NODE.to_owned(),
+            number => format!("{}-{number}", spec::ROOT_NODE),
+        };
+        (name(self.overlays.saturating_sub(1)), name(self.overlays))
+    }
+
+    /// Starts the guest and waits for its agent.
     pub(super) fn boot(&mut self) -> Result<Guest, Error> {
         self.boots += 1;
         let limit = self.recipe.machine.timeout.unwrap_or(BOOT_LIMIT);
-        let spec = self.spec()?;
+        let machine = self.machine(MemoryState::Savable)?;
+        self.network_up = false;
+        Guest::connect(machine, limit).map_err(|error| self.boot_failure(error))
+    }
+
+    /// Takes up a guest whose memory was kept. An error is the guest's or the file's; a boot may still do.
+    pub(super) fn resume(&mut self, memory: &Path, network_up: bool) -> Result<Guest, Error> {
+        let mut machine = self.machine(MemoryState::Restored)?;
+        machine.restore(memory, self.scratch).map_err(guest_failure)?;
+        self.network_up = network_up;
+        Guest::wake(machine, RESUME_LIMIT).map_err(guest_failure)
+    }
+
+    fn machine(&mut self, memory_state: MemoryState) -> Result<Machine, Error> {
+        self.first_overlay = self.overlays;
+        let spec = self.spec(memory_state)?;
         let launch = Launch {
             qemu: &self.host.qemu,
             folder: self.scratch,
@@ -63,15 +102,28 @@ impl Session<'_> {
             expect: None,
             mirror: None,
         };
-        let machine = Machine::start(&spec, &launch, self.cancel).map_err(|error| self.boot_failure(error))?;
-        let mut guest = Guest::connect(machine, limit).map_err(|error| self.boot_failure(error))?;
-        if self.recipe.machine.network != Network::None {
-            self.own(&mut guest, "the guest's network", NETWORK_UP, &network_environment())?;
-        }
-        Ok(guest)
+        Machine::start(&spec, &launch, self.cancel).map_err(|error| self.boot_failure(error))
     }
 
-    fn spec(&self) -> Result<Spec, Error> {
+    /// Gives the guest its network, if it is to have one and hasn't yet.
+    pub(super) fn give_network(&mut self, guest: &mut Guest) -> Result<(), Error> {
+        if self.recipe.machine.network != Network::None && !self.network_up {
+            self.own(guest, "the guest's network", NETWORK_UP, &network_environment())?;
+            self.network_up = true;
+        }
+        Ok(())
+    }
+
+    /// The machine's arguments without names of files: see [`Spec::shape`].
+    pub(super) fn shape(&self, root: &str) -> Result<String, Error> {
+        let boot = match &self.plan.boot {
+            BootPath::Direct => Boot::Direct { kernel: PathBuf::new(), initrd: None, command_line: command_line(root) },
+            BootPath::Firmware { .. } => Boot::Bios,
+        };
+        Ok(self.spec_with(boot, MemoryState::Savable).shape())
+    }
+
+    fn spec(&self, memory_state: MemoryState) -> Result<Spec, Error> {
         let file = |name: &str| self.scratch.join(name);
         let failed = |error: std::io::Error| Error::io("cannot write the guest's drives", &error);
         Guest::write_agent_drive(&file("agent")).map_err(failed)?;
@@ -82,7 +134,12 @@ impl Session<'_> {
                 self.firmware()?
             }
         };
-        Ok(Spec {
+        Ok(self.spec_with(boot, memory_state))
+    }
+
+    fn spec_with(&self, boot: Boot, memory_state: MemoryState) -> Spec {
+        let file = |name: &str| self.scratch.join(name);
+        Spec {
             accelerator: self.accelerator,
             cpus: self.recipe.machine.cpus,
             memory: self.recipe.machine.memory,
@@ -95,7 +152,8 @@ impl Session<'_> {
                 Network::None => spec::Network::None,
                 Network::Open | Network::Locked => spec::Network::Filtered,
             },
-        })
+            memory_state,
+        }
     }
 
     /// Kernel and initrd as they are on the disk now: after a step that installed another kernel, the new one.
@@ -129,9 +187,10 @@ impl Session<'_> {
     }
 
     /// Takes the guest's network away, and what it left on the disk.
-    pub(super) fn network_down(&self, guest: &mut Guest) -> Result<(), Error> {
-        if self.recipe.machine.network != Network::None {
+    pub(super) fn network_down(&mut self, guest: &mut Guest) -> Result<(), Error> {
+        if self.network_up {
             self.own(guest, "the network's end", NETWORK_DOWN, &network_environment())?;
+            self.network_up = false;
         }
         Ok(())
     }

@@ -59,7 +59,7 @@ pub(super) fn run(
     session.events.emit(Event::StepDone { index: number, name: step.name.clone(), took });
     Ok(StepFacts {
         name: step.name.clone(),
-        sha256: inputs.sha256.clone(),
+        sha256: crate::plan::digest(&inputs.parts),
         seconds: took.as_secs_f64(),
         cached: false,
         log,

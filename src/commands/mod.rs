@@ -15,7 +15,7 @@ use clap::CommandFactory;
 use etcetera::BaseStrategy;
 use serde_json::json;
 
-use kiln::build;
+use kiln::build::{self, Fresh};
 use kiln::cancel::Cancel;
 use kiln::cli::{Accel, Build, Cli, Command, Global};
 use kiln::error::{Error, Exit};
@@ -112,6 +112,11 @@ fn build(context: &Context<'_>, arguments: Build) -> Result<(), Error> {
         qemu_img: path_of("KILN_QEMU_IMG"),
         source_date_epoch,
         keep_on_error: arguments.keep_on_error,
+        fresh: match arguments.no_cache {
+            None => Fresh::Nothing,
+            Some(None) => Fresh::All,
+            Some(Some(step)) => Fresh::From(step),
+        },
     };
     let artifact = build::build(&request, &context.store()?, &context.ui.events(), context.cancel)?;
     let json = json!({ "folder": artifact.folder, "manifest": artifact.manifest });

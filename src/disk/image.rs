@@ -20,13 +20,14 @@ pub trait ReadAt: Send + Sync {
     /// The size in bytes.
     fn size(&self) -> io::Result<u64>;
 
-    /// The first range of data, in bytes, that ends after `from`, cut to begin no earlier than `from`; `None` if
-    /// only a hole follows. The next range begins after a hole, or directly at the end of this one.
+    /// The first range of data, in bytes, that ends after `from` and begins before `until`, cut to begin no earlier than
+    /// `from`; `None` if there is only a hole. The next range begins after a hole, or directly at the end of this one.
+    /// Nothing is looked at from `until` on, so that overlays over overlays don't search the whole disk again and again.
     ///
     /// A hole was never written, or was given back (discarded); it reads as zeros. Zeros that were written are data.
-    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+    fn next_data(&self, from: u64, until: u64) -> io::Result<Option<Range<u64>>> {
         let size = self.size()?;
-        Ok((from < size).then_some(from..size))
+        Ok((from < size.min(until)).then_some(from..size))
     }
 }
 
@@ -46,14 +47,15 @@ impl ReadAt for File {
     /// Asks the filesystem through `lseek(2)` with `SEEK_DATA` and `SEEK_HOLE`. A filesystem or device that knows
     /// no holes says that all is data. The answer is never taken from the file's own position, so threads that
     /// share it don't disturb each other.
-    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+    fn next_data(&self, from: u64, until: u64) -> io::Result<Option<Range<u64>>> {
         use rustix::fs::{SeekFrom, seek};
         use rustix::io::Errno;
         let size = ReadAt::size(self)?;
-        if from >= size {
+        if from >= size.min(until) {
             return Ok(None);
         }
         let start = match seek(self, SeekFrom::Data(from)) {
+            Ok(start) if start >= until => return Ok(None),
             Ok(start) => start,
             Err(Errno::NXIO) => return Ok(None),
             Err(Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(Some(from..size)),
@@ -146,7 +148,15 @@ impl Image {
     /// # Errors
     /// [`Error::Read`].
     pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>, Error> {
-        self.reader.next_data(from).map_err(|source| Error::read(&self.path, from, source))
+        self.next_data_before(from, self.size)
+    }
+
+    /// The first range of data that ends after `from` and begins before `until`; see [`ReadAt::next_data`].
+    ///
+    /// # Errors
+    /// [`Error::Read`].
+    pub fn next_data_before(&self, from: u64, until: u64) -> Result<Option<Range<u64>>, Error> {
+        self.reader.next_data(from, until).map_err(|source| Error::read(&self.path, from, source))
     }
 
     /// `len` bytes from `offset`, or `None` if the image ends before.
@@ -187,15 +197,15 @@ mod tests {
     fn holes_of_a_sparse_file() {
         let mut file = tempfile::tempfile().unwrap();
         file.set_len(10 << 20).unwrap();
-        assert_eq!(ReadAt::next_data(&file, 0).unwrap(), None);
+        assert_eq!(ReadAt::next_data(&file, 0, u64::MAX).unwrap(), None);
         file.write_all_at(&[0; 4096], 1 << 20).unwrap();
         file.write_all_at(b"x", 4 << 20).unwrap();
         file.flush().unwrap();
-        assert_eq!(file.next_data(0).unwrap(), Some(1 << 20..(1 << 20) + 4096));
-        assert_eq!(file.next_data((1 << 20) + 5).unwrap(), Some((1 << 20) + 5..(1 << 20) + 4096));
-        assert_eq!(file.next_data((1 << 20) + 4096).unwrap(), Some(4 << 20..(4 << 20) + 4096));
-        assert_eq!(file.next_data(5 << 20).unwrap(), None);
-        assert_eq!(file.next_data(11 << 20).unwrap(), None);
+        assert_eq!(file.next_data(0, u64::MAX).unwrap(), Some(1 << 20..(1 << 20) + 4096));
+        assert_eq!(file.next_data((1 << 20) + 5, u64::MAX).unwrap(), Some((1 << 20) + 5..(1 << 20) + 4096));
+        assert_eq!(file.next_data((1 << 20) + 4096, u64::MAX).unwrap(), Some(4 << 20..(4 << 20) + 4096));
+        assert_eq!(file.next_data(5 << 20, u64::MAX).unwrap(), None);
+        assert_eq!(file.next_data(11 << 20, u64::MAX).unwrap(), None);
     }
 
     #[test]

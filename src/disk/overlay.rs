@@ -226,8 +226,8 @@ impl Overlay {
         match (kind, backing) {
             (ExtentKind::Data { .. } | ExtentKind::Zero { allocated: true }, _) => Ok(Some(extent.start..end)),
             (ExtentKind::Backing, Some(backing)) if extent.start < backing.size() => {
-                let data = backing.next_data(extent.start).map_err(io::Error::other)?;
-                Ok(data.filter(|data| data.start < end).map(|data| data.start..data.end.min(end)))
+                let data = backing.next_data_before(extent.start, end).map_err(io::Error::other)?;
+                Ok(data.map(|data| data.start..data.end.min(end)))
             }
             _ => Ok(None),
         }
@@ -283,11 +283,11 @@ impl ReadAt for Overlay {
 
     /// Data is what lies in a cluster of the overlay, zeros written over data, and the backing file's data where the
     /// overlay has nothing. Discarded clusters and what nobody wrote are holes.
-    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
+    fn next_data(&self, from: u64, until: u64) -> io::Result<Option<Range<u64>>> {
         let size = self.header.size;
         let mut found: Option<Range<u64>> = None;
         let mut at = from;
-        while at < size {
+        while at < size.min(until) {
             let extent = self.extent_at(at, size.min(at + LOOK));
             match (self.data_in(extent)?, &mut found) {
                 (Some(data), None) => {
@@ -434,7 +434,8 @@ mod tests {
     #[test]
     fn an_overlay_cut_short() {
         let (_shop, base, disk) = shop();
-        Overlay::create(&disk, SIZE, Backing::Raw(&base), &[Patch { offset: 3 << 20, bytes: vec![1; 128 << 10] }]).unwrap();
+        Overlay::create(&disk, SIZE, Backing::Raw(&base), &[Patch { offset: 3 << 20, bytes: vec![1; 128 << 10] }])
+            .unwrap();
         let len = std::fs::metadata(&disk).unwrap().len();
         let cut = |by| std::fs::OpenOptions::new().write(true).open(&disk).unwrap().set_len(len - by).unwrap();
         cut(512);

@@ -265,6 +265,10 @@ pub struct Step {
     pub timeout: Option<Duration>,
     /// Whether the guest is rebooted after it.
     pub reboot: bool,
+    /// Whether a later build may take its result from the store; otherwise it always runs, and so do all after it.
+    pub cache: bool,
+    /// Whether the guest's memory is kept after it; none: where that saves more than it costs.
+    pub checkpoint: Option<bool>,
     /// Of the `[[provision]]` header.
     pub span: Range<usize>,
     /// Of the value that says what it does: the script's path, for example.

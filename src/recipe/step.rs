@@ -7,8 +7,23 @@ use super::tree::Origin;
 use super::{Action, Step, read, with};
 use crate::provisioners;
 
-const KNOWN: [&str; 13] =
-    ["name", "run", "inline", "copy", "uses", "with", "to", "owner", "mode", "files", "env", "timeout", "reboot"];
+const KNOWN: [&str; 15] = [
+    "name",
+    "run",
+    "inline",
+    "copy",
+    "uses",
+    "with",
+    "to",
+    "owner",
+    "mode",
+    "files",
+    "env",
+    "timeout",
+    "reboot",
+    "cache",
+    "checkpoint",
+];
 const ACTIONS: [&str; 4] = ["run", "inline", "copy", "uses"];
 /// Keys that mean something with some actions only.
 const COMPANIONS: [(&str, &[&str]); 6] = [
@@ -33,6 +48,8 @@ fn step(fields: &Fields<'_>) -> Option<Step> {
     let name = given_name(fields);
     let timeout = fields.duration("timeout").map(|found| found.value);
     let reboot = fields.boolean("reboot").is_some_and(|found| found.value);
+    let cache = fields.boolean("cache").is_none_or(|found| found.value);
+    let checkpoint = fields.boolean("checkpoint").map(|found| found.value);
     let env = fields.map("env", |key, _| read::variable(key));
     let kind = kind(fields)?;
     companions(fields, kind);
@@ -45,7 +62,7 @@ fn step(fields: &Fields<'_>) -> Option<Step> {
     let text = |key: &str| fields.text(key).map(|found| found.value);
     let name = name.or_else(|| default_name(text)).unwrap_or_else(|| kind.to_owned());
     let span = fields.origin.span.clone();
-    Some(Step { name, action, env, timeout, reboot, span, value_span: origin.span })
+    Some(Step { name, action, env, timeout, reboot, cache, checkpoint, span, value_span: origin.span })
 }
 
 /// The one key that says what the step does.

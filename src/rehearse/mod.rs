@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::build::manifest::{DISK, Manifest, TestFacts};
 use crate::build::{guest_failure, session, testing};
 use crate::cancel::Cancel;
-use crate::disk::Overlay;
+use crate::disk::{Backing, Overlay};
 use crate::error::{Error, Exit};
 use crate::event::Events;
 use crate::store::{Scratch, Store};
@@ -20,7 +20,7 @@ use crate::vm::guest::{Guest, Reached};
 use crate::vm::host::Host;
 use crate::vm::process::{Launch, Machine, Mirror};
 use crate::vm::seed::{self, Login};
-use crate::vm::spec::{Accelerator, Boot, DiskBus, Network, Spec};
+use crate::vm::spec::{Accelerator, Boot, DiskBus, MemoryState, Network, Spec};
 
 /// Firmware to start the disk with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -188,7 +188,7 @@ impl Rehearsal<'_> {
         let disk = std::fs::canonicalize(&disk).map_err(|error| {
             Error::new(Exit::Input, format!("cannot read `{}`: {error}", disk.display())).help("build the image again")
         })?;
-        Overlay::create(&scratch.path().join("overlay"), manifest.size, &disk, &[])
+        Overlay::create(&scratch.path().join("overlay"), manifest.size, Backing::Raw(&disk), &[])
             .map_err(crate::build::disk_failure)?;
         Ok(Stage { scratch, manifest, console_log })
     }
@@ -213,6 +213,7 @@ impl Rehearsal<'_> {
             agent: Some(agent),
             seed: Some(folder.join("seed")),
             network: Network::Isolated { ssh: play.ssh },
+            memory_state: MemoryState::Plain,
         };
         let launch = Launch {
             qemu: &self.host.qemu,

@@ -62,14 +62,11 @@ impl Store {
             return Err(Error::new(Exit::Input, format!("the base image `{shown}` is a folder")));
         }
         let sha256 = self.check_digest(image, &mut file, expected, cancel)?;
+        if let Some(imported) = self.unpacked(sha256.clone()) {
+            return Ok(imported);
+        }
         let folder = self.root.join("bases").join(&sha256);
         let disk = folder.join("disk.raw");
-        let format_file = folder.join("format");
-        if disk.is_file()
-            && let Ok(format) = fs_err::read_to_string(&format_file)
-        {
-            return Ok(Imported { disk, sha256, format });
-        }
         let imported = events.phase(
             "import-base",
             format!("unpacking {shown} (once)"),
@@ -77,6 +74,31 @@ impl Store {
             || self.unpack(image, &folder, qemu_img, events, cancel),
         )?;
         Ok(Imported { disk, sha256, format: imported })
+    }
+
+    /// `image`, if it is in the store already and its digest is what it should be.
+    ///
+    /// # Errors
+    /// When its digest is another.
+    pub fn imported(
+        &self,
+        image: &Path,
+        expected: Option<&Digest>,
+        cancel: &Cancel,
+    ) -> Result<Option<Imported>, Error> {
+        let Ok(mut file) = File::open(image) else { return Ok(None) };
+        if !file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+            return Ok(None);
+        }
+        let sha256 = self.check_digest(image, &mut file, expected, cancel)?;
+        Ok(self.unpacked(sha256))
+    }
+
+    fn unpacked(&self, sha256: String) -> Option<Imported> {
+        let folder = self.root.join("bases").join(&sha256);
+        let disk = folder.join("disk.raw");
+        let format = fs_err::read_to_string(folder.join("format")).ok().filter(|_| disk.is_file())?;
+        Some(Imported { disk, sha256, format })
     }
 
     /// The file's SHA-256, once its digest is what it should be.

@@ -21,11 +21,10 @@ const SETTLED: Duration = Duration::from_secs(2);
 
 /// What tells that a file is still the one that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Identity {
+pub(super) struct Identity {
     device: u64,
     inode: u64,
-    /// Bytes.
-    pub size: u64,
+    size: u64,
     modified: (i64, i64),
     changed: (i64, i64),
 }
@@ -35,7 +34,7 @@ impl Identity {
     ///
     /// # Errors
     /// When it can't be looked at.
-    pub fn of(file: &File) -> io::Result<Self> {
+    pub(super) fn of(file: &File) -> io::Result<Self> {
         Ok(Self::from(&file.metadata()?))
     }
 
@@ -68,11 +67,11 @@ struct Known {
 
 /// A file's digests in lowercase hex.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Digests {
+pub(super) struct Digests {
     /// SHA-256.
-    pub sha256: String,
+    pub(super) sha256: String,
     /// SHA-512, if it was ever asked for.
-    pub sha512: Option<String>,
+    pub(super) sha512: Option<String>,
 }
 
 impl Store {
@@ -88,9 +87,22 @@ impl Store {
         if Identity::of(file).ok().as_ref() != Some(before) || !before.is_settled() {
             return;
         }
-        let known =
-            Known { identity: before.clone(), sha256: digests.sha256.clone(), sha512: digests.sha512.clone() };
+        let known = Known { identity: before.clone(), sha256: digests.sha256.clone(), sha512: digests.sha512.clone() };
         let _ = self.write_json(&self.known_path(before), &known);
+    }
+
+    /// Notes the digest of a disk that kiln itself has just written whole.
+    pub fn know_disk(&self, disk: &Path, digest: &str) {
+        if let Ok(identity) = File::open(disk).and_then(|file| Identity::of(&file)) {
+            let known = Known { sha256: digest.to_owned(), sha512: None, identity };
+            let _ = self.write_json(&self.known_path(&known.identity), &known);
+        }
+    }
+
+    /// Whether the disk is still the one whose digest was noted.
+    #[must_use]
+    pub fn knows_disk(&self, disk: &Path, digest: &str) -> bool {
+        File::open(disk).is_ok_and(|file| self.known(&file).is_some_and(|known| known.sha256 == digest))
     }
 
     fn known_path(&self, identity: &Identity) -> PathBuf {
@@ -127,7 +139,12 @@ mod tests {
 
         let old = Identity { changed: (0, 0), modified: (0, 0), ..fresh.clone() };
         assert!(old.is_settled());
-        store.write_json(&store.known_path(&fresh), &Known { identity: fresh.clone(), sha256: "ab".into(), sha512: None }).unwrap();
+        store
+            .write_json(
+                &store.known_path(&fresh),
+                &Known { identity: fresh.clone(), sha256: "ab".into(), sha512: None },
+            )
+            .unwrap();
         assert_eq!(store.known(&open()), Some(digests));
         File::options().write(true).open(&path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
         assert_eq!(store.known(&open()), None, "times count");

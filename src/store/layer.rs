@@ -24,7 +24,8 @@ use crate::event::Events;
 /// The version of this format. Layers of another are misses.
 const FORMAT: u32 = 1;
 const RECORD: &str = "layer.json";
-const DISK: &str = "disk.qcow2";
+/// The name of a layer's disk in its folder.
+pub const DISK: &str = "disk.qcow2";
 const USED: &str = "used";
 
 /// What a layer is, as it says itself.
@@ -36,6 +37,8 @@ pub struct Record {
     pub key: String,
     /// Its parent's key; none for the booted base.
     pub parent: Option<String>,
+    /// The key of the layer that its disk is an overlay over: its parent, or one before; none: the base.
+    pub backing: Option<String>,
     /// SHA-256 of the base image.
     pub base: String,
     /// The name of the step, or words for the booted base.
@@ -81,7 +84,17 @@ pub enum Lookup {
 
 /// The right to make a layer, until it is dropped.
 #[derive(Debug)]
-pub struct Claim(#[expect(dead_code, reason = "held, not read")] File);
+pub struct Claim {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // While it is still held: whoever waits for it sees that the file is gone, and makes another.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
 
 /// A layer in the making; dropped before [`Pending::commit`], nothing of it stays.
 #[derive(Debug)]
@@ -181,9 +194,7 @@ impl Store {
             let lock = File::create(&path).map_err(failed)?;
             match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 // Its holder removes the file: a lock on one that is gone is no lock.
-                Ok(()) if path.metadata().is_ok_and(|now| Identity::from(&now) == Identity::of(&lock).unwrap_or_else(|_| Identity::from(&now))) => {
-                    return Ok(Claim(lock));
-                }
+                Ok(()) if same_file(&path, &lock) => return Ok(Claim { path, _lock: lock }),
                 Ok(()) => {}
                 Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {
                     if !std::mem::replace(&mut told, true) {
@@ -196,21 +207,19 @@ impl Store {
             }
         }
     }
-
-    /// Begins a layer.
-    ///
-    /// # Errors
-    /// When the store can't be written.
-    pub fn begin_layer(&self) -> Result<Pending, Error> {
-        let work = self.root.join("work");
-        let folder = tempfile::Builder::new().prefix("layer-").tempdir_in(&work);
-        let folder =
-            folder.map_err(|error| Error::io(format!("cannot write to `{}`", work.display()), &error))?;
-        Ok(Pending { folder })
-    }
 }
 
 impl Pending {
+    /// Begins a layer in a scratch folder of the store.
+    ///
+    /// # Errors
+    /// When the store can't be written.
+    pub fn begin(scratch: &Path) -> Result<Self, Error> {
+        let folder = tempfile::Builder::new().prefix("layer-").tempdir_in(scratch);
+        let folder = folder.map_err(|error| Error::io(format!("cannot write to `{}`", scratch.display()), &error))?;
+        Ok(Self { folder })
+    }
+
     /// Where its disk goes.
     #[must_use]
     pub fn disk(&self) -> PathBuf {
@@ -262,6 +271,14 @@ impl Pending {
                 Err(Error::new(Exit::Host, format!("the layer `{}` can't be read back: {why}", place.display())))
             }
         }
+    }
+}
+
+fn same_file(path: &Path, file: &File) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (path.metadata(), file.metadata()) {
+        (Ok(there), Ok(here)) => (there.dev(), there.ino()) == (here.dev(), here.ino()),
+        _ => false,
     }
 }
 

@@ -24,7 +24,7 @@ use rustix::fs::FlockOperation;
 use crate::error::Error;
 
 pub use base::Imported;
-pub use layer::{Claim, Layer, Lookup, Pending, Record};
+pub use layer::{Claim, DISK as LAYER_DISK, Layer, Lookup, Pending, Record};
 
 /// The store in one folder.
 #[derive(Debug, Clone)]

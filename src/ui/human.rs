@@ -41,6 +41,9 @@ impl Shower {
                 self.line(Colour::Cyan, "step", &format!("{index}/{total} {name}"));
                 self.begin(&format!("running {name}"));
             }
+            Event::StepCached { index, name } => {
+                self.line(Colour::Green, "kept", &format!("{index} {name}: unchanged since an earlier build"));
+            }
             Event::StepDone { took, name, .. } => {
                 self.end();
                 self.line(Colour::Green, "done", &with_time(name, *took));

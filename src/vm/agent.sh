@@ -8,8 +8,10 @@
 #   in   run NONCE BYTES sh|exec      BYTES of tar on kiln.in, unpacked to a fresh folder; runs .kiln/step there
 #        put NONCE BYTES USER GROUP DIR/   BYTES of tar on kiln.in, unpacked into DIR (the rest of the line)
 #        freeze NONCE                 unmounts or freezes every filesystem; nothing is written after the answer
+#        sync NONCE                   writes out what the guest holds in memory for its disk
 #        halt NONCE                   shuts the guest down
-#   out  ready VERSION UPTIME
+#        wake NONCE EPOCH SEED        the guest's memory was saved and is back: sets the clock, draws new random numbers
+#   out  ready VERSION UPTIME savable|unsavable   whether it can draw new random numbers after a restore
 #        done NONCE STATUS FREE_KIB   ended; STATUS of the step, space left on /
 #        fail NONCE WHY               it could not even be tried
 set -u
@@ -102,6 +104,24 @@ put() { # NONCE BYTES USER GROUP DIR/
     finish "$1" "$status"
 }
 
+# Two restores of one memory must not draw the same random numbers. Newer kernels see to it (vmgenid); others are told
+# by an ioctl (RNDRESEEDCRNG, linux/random.h), for which sh needs help.
+reseeds_itself() { [ -d /sys/bus/acpi/drivers/vmgenid ]; }
+reseed() {
+    perl -e 'open(my $pool, "<", "/dev/urandom") && ioctl($pool, 0x5207, 0) || exit 1' 2>/dev/null ||
+        python3 -c 'import fcntl; fcntl.ioctl(open("/dev/urandom"), 0x5207)' 2>/dev/null
+}
+
+wake() { # NONCE EPOCH SEED
+    date -s "@$2" >/dev/null
+    printf '%s' "$3" >/dev/urandom
+    if reseeds_itself || reseed; then
+        answer "done" "$1" 0 0
+    else
+        answer fail "$1" "the guest can't draw new random numbers"
+    fi
+}
+
 freeze() { # NONCE
     # This shell may run on a libc that a step replaced. The old one's file would stay on the disk without a name, and
     # a check of the filesystem would find it.
@@ -150,7 +170,9 @@ if [ "${1:-}" != instance ]; then
         unattended-upgrades.service 2>/dev/null
 fi
 read -r up _ </proc/uptime
-answer ready 1 "$up"
+savable=unsavable
+if reseeds_itself || reseed; then savable=savable; fi
+answer ready 1 "$up" "$savable"
 while read -r command nonce rest <&3; do
     # shellcheck disable=SC2086 # fields are split here on purpose; none has blanks but put's last
     case $command in
@@ -162,6 +184,11 @@ END
             put "$nonce" "$bytes" "$user" "$group_name" "$place"
             ;;
         freeze) freeze "$nonce" ;;
+        sync)
+            sync
+            answer "done" "$nonce" 0 0
+            ;;
+        wake) wake "$nonce" $rest ;;
         halt)
             finish "$nonce" 0
             systemctl --no-block poweroff || poweroff

@@ -3,9 +3,10 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::Error;
+use super::memory::Saved;
 use super::output::Sink;
 use super::process::{Machine, Signal};
 use crate::units::hex;
@@ -18,8 +19,8 @@ const READY: &str = "ready 1 ";
 /// A guest whose agent is ready.
 pub struct Guest {
     machine: Machine,
-    /// Seconds since the guest's kernel started when the agent became ready.
-    pub uptime: String,
+    /// Whether its memory may be saved: it can draw new random numbers when it is restored.
+    pub savable: bool,
 }
 
 /// How far a booted disk came.
@@ -112,10 +113,48 @@ impl Guest {
         match answer {
             None => Ok(Reached::Login(machine)),
             Some(line) => match line.strip_prefix(READY) {
-                Some(uptime) => Ok(Reached::Agent(Self { uptime: uptime.to_owned(), machine })),
+                Some(facts) => Ok(Reached::Agent(Self { savable: facts.ends_with(" savable"), machine })),
                 None => Err(Error::Protocol(line)),
             },
         }
+    }
+
+    /// Takes up a guest whose memory was restored: its clock is set, and it draws new random numbers.
+    ///
+    /// # Errors
+    /// When it doesn't answer, or can't.
+    pub fn wake(machine: Machine, limit: Duration) -> Result<Self, Error> {
+        let mut guest = Self { machine, savable: true };
+        let (nonce, seed) = (random()?, random()?);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        guest.command(&format!("wake {nonce} {}.{:09} {seed}", now.as_secs(), now.subsec_nanos()))?;
+        guest.answer("the restored guest", &nonce, limit, Prints::Nothing)?;
+        Ok(guest)
+    }
+
+    /// Has the guest write out what it holds in memory for its disk.
+    ///
+    /// # Errors
+    /// When it doesn't.
+    pub fn sync(&mut self, limit: Duration) -> Result<(), Error> {
+        let nonce = random()?;
+        self.command(&format!("sync {nonce}"))?;
+        self.answer("the guest to write out its disk", &nonce, limit, Prints::Nothing)?;
+        Ok(())
+    }
+
+    /// See [`Machine::checkpoint`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn checkpoint(
+        &mut self,
+        nodes: (String, String),
+        fresh: &Path,
+        memory: Option<&Path>,
+        folder: &Path,
+    ) -> Result<Saved, Error> {
+        self.machine.checkpoint(nodes, fresh, memory, folder)
     }
 
     /// Runs the archive's `.kiln/step` in a fresh folder with the rest of the archive in it: by `sh -eu`, or by
@@ -157,7 +196,7 @@ impl Guest {
     /// # Errors
     /// When something keeps a filesystem in use.
     pub fn freeze(mut self, limit: Duration) -> Result<(), Error> {
-        let nonce = nonce().map_err(Error::io("cannot read random numbers"))?;
+        let nonce = random()?;
         self.command(&format!("freeze {nonce}"))?;
         self.answer("the guest to freeze its disk", &nonce, limit, Prints::Nothing)?;
         self.machine.quit()
@@ -168,7 +207,7 @@ impl Guest {
     /// # Errors
     /// When it doesn't.
     pub fn halt(mut self, limit: Duration) -> Result<(), Error> {
-        let nonce = nonce().map_err(Error::io("cannot read random numbers"))?;
+        let nonce = random()?;
         self.command(&format!("halt {nonce}"))?;
         self.machine.wait_for_power_off(limit)
     }
@@ -182,7 +221,7 @@ impl Guest {
         sink: Box<dyn Sink>,
         limit: Duration,
     ) -> Result<Ended, Error> {
-        let nonce = nonce().map_err(Error::io("cannot read random numbers"))?;
+        let nonce = random()?;
         let mut inputs = {
             let agent = self.machine.agent.as_ref().ok_or_else(|| Error::Protocol("nothing".to_owned()))?;
             agent.output.begin(&nonce, sink);
@@ -255,6 +294,10 @@ fn parse(line: &str, nonce: &str) -> Option<Result<Ended, Error>> {
         }
         _ => None,
     }
+}
+
+fn random() -> Result<String, Error> {
+    nonce().map_err(Error::io("cannot read random numbers"))
 }
 
 /// 128 random bits that no guest can guess.

@@ -95,6 +95,19 @@ pub struct Spec {
     pub seed: Option<PathBuf>,
     /// What the guest can reach.
     pub network: Network,
+    /// What the guest's memory holds when it starts.
+    pub memory_state: MemoryState,
+}
+
+/// What a guest's memory holds when it starts, and whether it can be saved later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryState {
+    /// It boots, and is never saved.
+    Plain,
+    /// It boots, and may be saved.
+    Savable,
+    /// It waits for a saved guest's memory.
+    Restored,
 }
 
 /// The guest network card's address; the agent's scripts know the card by it.
@@ -107,6 +120,10 @@ pub const CTL_SOCKET: &str = "ctl";
 pub const IN_SOCKET: &str = "in";
 /// Output of steps.
 pub const OUT_SOCKET: &str = "out";
+/// The socket that a restored guest's QEMU listens on for its memory.
+pub const MEMORY_SOCKET: &str = "memory-in";
+/// The name of the block node that the guest's disk is attached to when QEMU starts.
+pub const ROOT_NODE: &str = "root";
 /// Frames that the guest sent.
 pub const FRAMES_FROM_GUEST: &str = "net-from";
 /// Frames that the filter lets pass.
@@ -140,6 +157,29 @@ impl Spec {
         self.ports(&mut arguments);
         self.network(&mut arguments);
         arguments.0
+    }
+
+    /// What a saved memory depends on besides QEMU itself: the arguments without the names of files.
+    #[must_use]
+    pub fn shape(&self) -> String {
+        let nowhere = Path::new("");
+        let boot = match &self.boot {
+            Boot::Direct { command_line, .. } => {
+                Boot::Direct { kernel: nowhere.into(), initrd: None, command_line: command_line.clone() }
+            }
+            Boot::Bios => Boot::Bios,
+            Boot::Uefi { code, .. } => Boot::Uefi { code: code.clone(), variables: nowhere.into() },
+        };
+        let alike = Self {
+            boot,
+            overlay: nowhere.into(),
+            agent: self.agent.as_ref().map(|_| nowhere.into()),
+            seed: self.seed.as_ref().map(|_| nowhere.into()),
+            memory_state: MemoryState::Savable,
+            ..self.clone()
+        };
+        let words: Vec<_> = alike.arguments().iter().map(|word| word.to_string_lossy().into_owned()).collect();
+        words.join("\n")
     }
 
     /// The sockets that this machine connects to.
@@ -180,6 +220,15 @@ impl Spec {
         arguments.pair("-m", format!("{}M", self.memory.bytes() / MIB));
         arguments.pair("-display", "none");
         arguments.pair("-device", "virtio-rng-pci");
+        if self.memory_state != MemoryState::Plain {
+            // Each QEMU has another id: a kernel that sees it change draws new random numbers (Linux 5.18 and newer).
+            arguments.pair("-device", "vmgenid,guid=auto");
+            // Memory that the guest has given back reads as zeros, and zeros are not saved.
+            arguments.pair("-device", "virtio-balloon-pci,free-page-reporting=on");
+        }
+        if self.memory_state == MemoryState::Restored {
+            arguments.pair("-incoming", "defer");
+        }
         if let Boot::Direct { kernel, initrd, command_line } = &self.boot {
             arguments.pair("-kernel", kernel);
             if let Some(initrd) = initrd {
@@ -201,7 +250,7 @@ impl Spec {
         arguments.json(
             "-blockdev",
             &json!({
-                "driver": "qcow2", "node-name": "root", "discard": "unmap",
+                "driver": "qcow2", "node-name": ROOT_NODE, "discard": "unmap",
                 "file": { "driver": "file", "filename": self.overlay, "discard": "unmap" },
                 // The overlay is worth nothing if the host dies, so the host need not be told to sync.
                 "cache": { "no-flush": true },

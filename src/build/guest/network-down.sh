@@ -1,5 +1,5 @@
 # Puts back the resolver's file that was there before network-up.sh, unless a step made one of its own meanwhile.
-saved=/run/kiln/resolv.conf
+saved=/var/lib/kiln-resolver
 if [ -d "$saved" ] && [ -f /etc/resolv.conf ] && [ ! -L /etc/resolv.conf ] && [ "$(cat /etc/resolv.conf)" = "$(cat "$saved/ours")" ]; then
     rm -f /etc/resolv.conf
     if [ -e "$saved/link" ]; then

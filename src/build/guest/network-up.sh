@@ -10,12 +10,15 @@ ip link set "$card" up
 ip address replace "$KILN_ADDRESS" dev "$card"
 ip route replace default via "$KILN_GATEWAY" dev "$card"
 
-saved=/run/kiln/resolv.conf
-mkdir -p "$saved"
-if [ -L /etc/resolv.conf ]; then
-    readlink /etc/resolv.conf >"$saved/link"
-elif [ -e /etc/resolv.conf ]; then
-    cp -p /etc/resolv.conf "$saved/file"
+# On the disk, because a build may go on from the disk alone after this boot.
+saved=/var/lib/kiln-resolver
+if [ ! -d "$saved" ]; then
+    mkdir -p "$saved"
+    if [ -L /etc/resolv.conf ]; then
+        readlink /etc/resolv.conf >"$saved/link"
+    elif [ -e /etc/resolv.conf ]; then
+        cp -p /etc/resolv.conf "$saved/file"
+    fi
 fi
 # shellcheck disable=SC2153
 echo "nameserver $KILN_NAME_SERVER" >"$saved/ours"

@@ -1,0 +1,223 @@
+//! Layers on the way through a build: where it can begin, and what it leaves for the next one.
+//!
+//! After each step the disk is kept, and the guest's memory where taking it up again saves more than keeping it costs. A
+//! build begins at the deepest layer that is there: in its memory, or in the memory of an earlier one whose steps since
+//! then take less time than a boot, or by booting its disk.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use sha2::{Digest as _, Sha256};
+
+use super::session::Session;
+use super::{disk_failure, guest_failure};
+use crate::disk::{Backing, Overlay};
+use crate::error::Error;
+use crate::plan::{self, PARENT, Plan};
+use crate::store::{Claim, Layer, Lookup, Pending, Record, Store};
+use crate::units::{hex, show_duration};
+use crate::vm::guest::Guest;
+
+/// A memory state is kept where the steps since the last one took at least this long: that is about what it costs.
+const WORTH: Duration = Duration::from_millis(1000);
+/// How long a guest may take to write out its disk.
+const SYNC_LIMIT: Duration = Duration::from_secs(300);
+
+/// From where on nothing is taken from the store.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Fresh {
+    /// Everything may be taken.
+    #[default]
+    Nothing,
+    /// Nothing may, not even the booted base.
+    All,
+    /// Nothing from this step on: its name, or its number from 1.
+    From(String),
+}
+
+/// Where a build begins.
+#[derive(Debug)]
+pub(super) enum Start {
+    /// At the base: it boots, and grows.
+    Base,
+    /// At the layer with this index, with its memory or by booting its disk.
+    Layer { index: usize, memory: Option<PathBuf> },
+}
+
+impl Start {
+    /// How many layers are there already.
+    pub(super) fn done(&self) -> usize {
+        match self {
+            Self::Base => 0,
+            Self::Layer { index, .. } => index + 1,
+        }
+    }
+}
+
+/// The layers of one build.
+pub(super) struct Layers<'a> {
+    store: &'a Store,
+    plan: &'a Plan,
+    base: &'a str,
+    recipe: &'a str,
+    /// The key of memory states of this machine.
+    machine: String,
+    /// Held so that nothing removes them: what is behind the guest's disk, the nearest last.
+    held: Vec<Box<Layer>>,
+    /// The right to make the next layer.
+    claim: Option<Claim>,
+    /// How long the work since the last memory state took.
+    since_memory: Duration,
+}
+
+impl<'a> Layers<'a> {
+    pub(super) fn new(store: &'a Store, session: &Session<'a>, base: &'a str, machine: String) -> Self {
+        let (plan, recipe) = (session.plan, session.recipe.name.as_str());
+        Self { store, plan, base, recipe, machine, held: Vec::new(), claim: None, since_memory: Duration::ZERO }
+    }
+
+    /// Finds where to begin, and holds what is behind it.
+    pub(super) fn start(&mut self, limit: usize, session: &Session<'_>) -> Result<Start, Error> {
+        let mut start = self.look(limit, session);
+        if let Some(next) = self.plan.layers.get(start.done()).filter(|layer| layer.cached) {
+            self.claim = Some(self.store.claim(&next.key, session.events, session.cancel)?);
+            // While it was waited for, another kiln may have made it.
+            start = self.look(limit, session);
+            if self.plan.layers.get(start.done()).is_none_or(|layer| layer.key != next.key) {
+                self.claim = self.claim_next(start.done(), session)?;
+            }
+        }
+        Ok(start)
+    }
+
+    fn claim_next(&self, index: usize, session: &Session<'_>) -> Result<Option<Claim>, Error> {
+        let next = self.plan.layers.get(index).filter(|layer| layer.cached);
+        next.map(|layer| self.store.claim(&layer.key, session.events, session.cancel)).transpose()
+    }
+
+    fn look(&mut self, limit: usize, session: &Session<'_>) -> Start {
+        let found: Vec<_> = self.plan.layers[..limit].iter().map(|layer| chain(self.store, layer, session)).collect();
+        let Some(top) = found.iter().rposition(Option::is_some) else { return Start::Base };
+        let with_memory = |index: usize| found[index].as_ref()?.last()?.memory(&self.machine).map(|path| (index, path));
+        let seconds = |index: usize| {
+            let layer = found[index].as_ref().and_then(|chain| chain.last());
+            layer.map_or(f64::INFINITY, |layer| layer.record().seconds)
+        };
+        let resumed = (0..=top).rev().find_map(with_memory);
+        let (index, memory) = match resumed {
+            Some((index, path)) if (index + 1..=top).map(seconds).sum::<f64>() < seconds(0).min(f64::MAX) => {
+                (index, Some(path))
+            }
+            _ => (top, None),
+        };
+        self.held = found.into_iter().nth(index).flatten().unwrap_or_default();
+        Start::Layer { index, memory }
+    }
+
+    /// The disk that a new overlay goes over, as the overlay names it.
+    pub(super) fn behind(&self) -> Option<PathBuf> {
+        self.held.last().map(|layer| relative(&layer.record().key))
+    }
+
+    /// Whether the guest of the layer where the build begins has its network.
+    pub(super) fn network_up(&self) -> bool {
+        self.held.last().is_some_and(|layer| layer.record().network_up)
+    }
+
+    /// Keeps the layer with this index, which took so long: the guest goes on in a new overlay.
+    pub(super) fn keep(
+        &mut self,
+        index: usize,
+        took: Duration,
+        checkpoint: Option<bool>,
+        session: &mut Session<'_>,
+        guest: &mut Guest,
+    ) -> Result<(), Error> {
+        self.since_memory += took;
+        let layer = &self.plan.layers[index];
+        if !layer.cached || matches!(self.store.layer(&layer.key), Lookup::Hit(_)) {
+            return Ok(());
+        }
+        let with_memory = guest.savable && checkpoint.unwrap_or(self.since_memory >= WORTH);
+        let pending = Pending::begin(session.scratch)?;
+        guest.sync(SYNC_LIMIT).map_err(guest_failure)?;
+        let (old, fresh) = session.next_overlay();
+        Overlay::create(&fresh, self.plan.disk_size.bytes(), Backing::Overlay(&relative(&layer.key)), &[])
+            .map_err(disk_failure)?;
+        let memory = with_memory.then(|| pending.memory(&self.machine));
+        let saved =
+            guest.checkpoint(session.nodes(), &fresh, memory.as_deref(), session.scratch).map_err(guest_failure)?;
+        std::fs::rename(&old, pending.disk()).map_err(|error| Error::io("cannot keep a layer", &error))?;
+        let record = Record {
+            format: 0,
+            key: layer.key.clone(),
+            parent: layer.parts.get(PARENT).cloned(),
+            backing: self.held.last().map(|layer| layer.record().key.clone()),
+            base: self.base.to_owned(),
+            name: layer.name.clone(),
+            recipe: self.recipe.to_owned(),
+            parts: layer.parts.clone(),
+            seconds: took.as_secs_f64(),
+            network_up: session.network_up,
+        };
+        let machines: Vec<_> = memory.iter().map(|_| self.machine.clone()).collect();
+        let kept = pending.commit(self.store, record, &machines)?;
+        session.events.detail(format!(
+            "kept `{}`{}: the guest stood still for {}",
+            layer.name,
+            if with_memory { " with its memory" } else { "" },
+            show_duration(saved.took)
+        ));
+        self.held.push(kept);
+        if with_memory {
+            self.since_memory = Duration::ZERO;
+        }
+        // The next one is claimed before this one can be found, so that nobody comes in between.
+        self.claim = self.claim_next(index + 1, session)?;
+        Ok(())
+    }
+}
+
+/// The layers that a layer consists of, itself last; none if it, or one of them, isn't there or isn't whole.
+fn chain(store: &Store, layer: &plan::Layer, session: &Session<'_>) -> Option<Vec<Box<Layer>>> {
+    if !layer.cached {
+        return None;
+    }
+    let mut layers = Vec::new();
+    let mut key = Some(layer.key.clone());
+    while let Some(next) = key {
+        match store.layer(&next) {
+            Lookup::Hit(layer) => {
+                key = layer.record().backing.clone();
+                layers.insert(0, layer);
+            }
+            Lookup::Miss => return None,
+            Lookup::Damaged(why) => {
+                session.events.warn(format!("the cached layer of `{}` can't be used: {why}", layer.name));
+                return None;
+            }
+        }
+    }
+    Some(layers)
+}
+
+/// A layer's disk, as seen from a scratch folder and from another layer.
+fn relative(key: &str) -> PathBuf {
+    Path::new("../../layers").join(key).join(crate::store::LAYER_DISK)
+}
+
+/// What memory states of a machine are kept under: everything that must be alike for QEMU to take one.
+pub(super) fn machine_key(session: &Session<'_>, shape: &str) -> String {
+    let host = session.host;
+    let processor = match session.accelerator {
+        crate::vm::spec::Accelerator::Kvm => std::fs::read_to_string("/proc/cpuinfo")
+            .unwrap_or_default()
+            .lines()
+            .filter(|line| ["model name", "flags", "microcode"].iter().any(|start| line.starts_with(start)))
+            .take(3)
+            .collect(),
+        crate::vm::spec::Accelerator::Tcg => String::new(),
+    };
+    let text = [host.qemu_version.as_str(), &host.qemu.display().to_string(), &processor, shape].join("\0");
+    hex(&Sha256::digest(text))[..16].to_owned()
+}

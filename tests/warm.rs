@@ -1,0 +1,229 @@
+//! Rebuilds: what is taken from the store, what runs again, and that nothing wrong is ever taken.
+
+use serde_json::{Value, json};
+
+use crate::support::{Bench, Kiln};
+
+/// Three steps; a second each, so that the guest's memory is worth keeping after all of them.
+const STEPS: [&str; 3] = ["one", "two", "three"];
+
+fn recipe(bench: &Bench, scripts: [&str; 3]) {
+    let step = |(name, script): (&str, &str)| {
+        format!("[[provision]]\nname = \"{name}\"\ninline = \"{script}\"\ncheckpoint = true\n")
+    };
+    let steps: String = STEPS.into_iter().zip(scripts).map(step).collect();
+    bench.recipe(&steps);
+}
+
+fn bench() -> Bench {
+    let bench = Bench::new();
+    recipe(&bench, ["a", "b", "c"]);
+    bench
+}
+
+fn build(bench: &Bench) -> Kiln {
+    bench.build(&json!({}))
+}
+
+/// What ran since the traces were last forgotten: boots, resumes and steps, in order.
+fn ran(bench: &Bench) -> Vec<String> {
+    let commands = bench.commands();
+    let moments = commands.iter().map(|command| command["moment"].as_str().unwrap().to_owned());
+    let told = moments.filter(|moment| moment.starts_with("step ") || moment == "wake").collect::<Vec<_>>();
+    let boots = bench.names("traces").iter().filter(|name| name.as_str() == "at-boot").count();
+    [vec!["boot".to_owned(); boots], told].concat()
+}
+
+fn forget(bench: &Bench) {
+    for name in bench.names("traces") {
+        std::fs::remove_file(bench.path("traces").join(name)).unwrap();
+    }
+}
+
+/// Builds, and says what ran.
+#[track_caller]
+fn built(bench: &Bench, kiln: Kiln) -> Vec<String> {
+    forget(bench);
+    assert_eq!(kiln.run().succeeded(), "out/web\n");
+    bench.assert_tidy(&["web"]);
+    ran(bench)
+}
+
+fn cached(bench: &Bench) -> Vec<bool> {
+    let manifest: Value = serde_json::from_str(&bench.read("out/web/manifest.json")).unwrap();
+    manifest["steps"].as_array().unwrap().iter().map(|step| step["cached"].as_bool().unwrap()).collect()
+}
+
+#[test]
+fn a_changed_step_runs_again_with_all_that_follow() {
+    let bench = bench();
+    assert_eq!(built(&bench, build(&bench)), ["boot", "step one", "step two", "step three"]);
+    assert_eq!(cached(&bench), [false; 3]);
+    recipe(&bench, ["a", "b", "changed"]);
+    assert_eq!(built(&bench, build(&bench)), ["wake", "step three"]);
+    assert_eq!(cached(&bench), [true, true, false]);
+    recipe(&bench, ["changed", "b", "c"]);
+    assert_eq!(built(&bench, build(&bench)), ["wake", "step one", "step two", "step three"]);
+    recipe(&bench, ["a", "b", "c"]);
+    assert_eq!(built(&bench, build(&bench)), ["wake"], "the first one's layers are still there");
+}
+
+#[test]
+fn nothing_changed_is_nothing_to_do() {
+    let bench = bench();
+    built(&bench, build(&bench));
+    assert_eq!(built(&bench, build(&bench)), [""; 0]);
+    assert_eq!(bench.qemus(), [0; 0], "not even started");
+    // Whatever was done to the disk, it is made anew.
+    std::fs::File::options().write(true).open(bench.path("out/web/disk.raw")).unwrap().set_len(1 << 20).unwrap();
+    assert_eq!(built(&bench, build(&bench)), ["wake"]);
+    // What is only said about the image changes no layer.
+    let text = bench.read("web.toml").replacen("name = \"web\"", "name = \"web\"\ndescription = \"new\"", 1);
+    bench.write("web.toml", text);
+    assert_eq!(built(&bench, build(&bench)), ["wake"]);
+    assert_eq!(built(&bench, build(&bench)), [""; 0]);
+}
+
+#[test]
+fn the_cache_can_be_left_aside() {
+    let bench = bench();
+    built(&bench, build(&bench));
+    let all = ["boot", "step one", "step two", "step three"];
+    assert_eq!(built(&bench, build(&bench).arg("--no-cache")), all);
+    assert_eq!(built(&bench, build(&bench).arg("--no-cache=two")), ["wake", "step two", "step three"]);
+    assert_eq!(built(&bench, build(&bench).arg("--no-cache=3")), ["wake", "step three"]);
+    let said = build(&bench).arg("--no-cache=four").run().failed(2);
+    insta::assert_snapshot!(said, @r#"
+    error: --no-cache: the recipe has no step `four`
+     |
+     = log: out/web.failed/build.log
+    help: name a step, or give its number; `kiln plan` lists them
+    "#);
+}
+
+#[test]
+fn a_step_that_always_runs() {
+    let bench = bench();
+    let text = bench.read("web.toml").replacen("inline = \"b\"", "inline = \"b\"\ncache = false", 1);
+    bench.write("web.toml", text);
+    assert_eq!(built(&bench, build(&bench)), ["boot", "step one", "step two", "step three"]);
+    assert_eq!(built(&bench, build(&bench)), ["wake", "step two", "step three"]);
+}
+
+#[test]
+fn a_failed_step_leaves_the_state_before_it() {
+    let bench = bench();
+    forget(&bench);
+    let fails = bench.build(&json!({ "step three": [["status", 1]] }));
+    fails.run().failed(5);
+    assert_eq!(built(&bench, build(&bench)), ["wake", "step three"]);
+}
+
+/// A stale or damaged entry is a miss with a warning: never a crash, never a wrong disk.
+#[test]
+fn damaged_layers_are_not_used() {
+    let bench = bench();
+    built(&bench, build(&bench));
+    let digest = || {
+        let manifest: Value = serde_json::from_str(&bench.read("out/web/manifest.json")).unwrap();
+        manifest["digest"].clone()
+    };
+    let good = digest();
+    let spoil = |spoil: &dyn Fn(&std::path::Path)| {
+        for layer in bench.names("cache/layers") {
+            spoil(&bench.path("cache/layers").join(layer));
+        }
+        std::fs::remove_dir_all(bench.path("out")).unwrap();
+        forget(&bench);
+        let ran = build(&bench).run();
+        assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+        assert_eq!(digest(), good);
+        ran.stderr
+    };
+    let cut = |path: &std::path::Path| {
+        let file = std::fs::File::options().write(true).open(path).unwrap();
+        file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+    };
+    let said = spoil(&|layer| cut(&layer.join("disk.qcow2")));
+    assert!(said.contains("can't be used: disk.qcow2 was changed"), "{said}");
+    assert_eq!(ran(&bench)[0], "boot");
+    let said = spoil(&|layer| std::fs::write(layer.join("layer.json"), "{ \"format\": 1").unwrap());
+    assert!(said.contains("can't be used: layer.json: "), "{said}");
+    let said = spoil(&|layer| {
+        let text = std::fs::read_to_string(layer.join("layer.json")).unwrap();
+        std::fs::write(layer.join("layer.json"), text.replace("\"format\":1", "\"format\":999")).unwrap();
+    });
+    assert!(said.contains("it has format 999, and this kiln writes 1"), "{said}");
+    // Without a usable memory the layer's disk is booted.
+    spoil(&|layer| {
+        for file in std::fs::read_dir(layer).unwrap().map(|file| file.unwrap().path()) {
+            if file.file_name().unwrap().to_string_lossy().starts_with("memory.") {
+                cut(&file);
+            }
+        }
+    });
+    assert_eq!(ran(&bench), ["boot"], "the last layer's disk is booted, and no step runs");
+}
+
+/// QEMU itself may refuse a memory that looked good.
+#[test]
+fn a_memory_that_qemu_does_not_take() {
+    let bench = bench();
+    built(&bench, build(&bench));
+    recipe(&bench, ["a", "b", "changed"]);
+    forget(&bench);
+    let refuses = json!({ "qmp migrate-incoming": [["stderr", "error while loading state\n"], ["exit", 1]] });
+    let ran_kiln = bench.build(&refuses).run();
+    assert_eq!(ran_kiln.code, Some(0), "{}", ran_kiln.stderr);
+    assert!(ran_kiln.stderr.contains("the kept memory after `two` can't be taken up: "), "{}", ran_kiln.stderr);
+    assert_eq!(ran(&bench), ["boot", "step three"]);
+}
+
+#[test]
+fn another_machine_boots_the_layers_disk() {
+    let bench = bench();
+    built(&bench, build(&bench));
+    recipe(&bench, ["a", "b", "changed"]);
+    assert_eq!(built(&bench, build(&bench).arg("--set").arg("machine.cpus=4")), ["boot", "step three"]);
+}
+
+/// Killed at any moment: what is in the store afterwards is whole, and the next build goes on from there.
+#[test]
+fn kills_at_every_moment_leave_a_store_that_works() {
+    let bench = bench();
+    let moments = ["own", "sync", "qmp stop", "qmp blockdev-snapshot", "qmp migrate", "qmp cont", "step two", "freeze"];
+    for moment in moments {
+        forget(&bench);
+        let kiln = bench.build(&json!({ moment: [["hang"]] })).start();
+        bench.wait_for(&format!("at-{}", moment.replace(' ', "-")));
+        kiln.signal(rustix::process::Signal::KILL);
+        assert_eq!(kiln.end().code, None);
+    }
+    forget(&bench);
+    build(&bench).run().succeeded();
+    bench.assert_tidy(&["web"]);
+    assert_eq!(bench.names("cache/locks"), [""; 0]);
+    assert_eq!(built(&bench, build(&bench)), [""; 0]);
+}
+
+/// The second waits for the layer that the first is making, and then goes on from it.
+#[test]
+fn two_builds_at_once_share_the_work() {
+    let bench = bench();
+    let wait = json!({ "step one": [["wait-for", "go"]] });
+    let first = bench.build(&wait).start();
+    bench.wait_for("at-step-one");
+    let second = bench.build(&wait).start();
+    crate::support::wait_until("the second's scratch", || bench.names("cache/work").len() == 2);
+    bench.write("traces/go", "");
+    for build in [first, second] {
+        assert_eq!(build.end().succeeded(), "out/web\n");
+    }
+    bench.assert_tidy(&["web"]);
+    for step in STEPS {
+        let moment = format!("step {step}");
+        let times = ran(&bench).iter().filter(|ran| **ran == moment).count();
+        assert_eq!(times, 1, "{moment}: {:?}", ran(&bench));
+    }
+    assert_eq!(ran(&bench).iter().filter(|ran| *ran == "boot").count(), 1);
+}
