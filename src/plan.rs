@@ -90,6 +90,33 @@ pub struct Layer {
 
 /// The part that names the parent's key.
 pub const PARENT: &str = "parent";
+/// The part of the booted base that names the base image's digest.
+const BASE: &str = "base";
+
+/// How two collections of parts differ, in words: what changed, from what, to what.
+#[must_use]
+pub fn differences(before: &Parts, now: &Parts) -> Vec<String> {
+    let names: std::collections::BTreeSet<_> = before.keys().chain(now.keys()).collect();
+    let words = |name: &String| match (before.get(name), now.get(name)) {
+        (Some(before), Some(now)) if before == now => None,
+        (Some(before), Some(now)) => Some(format!("{name}: {} became {}", short(before), short(now))),
+        (Some(before), None) => Some(format!("{name} is gone, it was {}", short(before))),
+        (None, Some(now)) => Some(format!("{name} is new: {}", short(now))),
+        (None, None) => None,
+    };
+    names.into_iter().filter_map(words).collect()
+}
+
+/// Digests by their first digits, and nothing longer than a line.
+fn short(value: &str) -> String {
+    let is_digest = |word: &str| word.len() == 64 && word.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let words: Vec<_> = value.split(' ').map(|word| if is_digest(word) { &word[..8] } else { word }).collect();
+    let line: String = words.join(" ").chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    match line.char_indices().nth(60) {
+        Some((end, _)) => format!("`{}…`", &line[..end]),
+        None => format!("`{line}`"),
+    }
+}
 
 impl Plan {
     /// Decides.
@@ -110,13 +137,21 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// SHA-256 of the base image.
+    #[must_use]
+    pub fn base(&self) -> &str {
+        self.layers.first().and_then(|layer| layer.parts.get(BASE)).map_or("", String::as_str)
+    }
+}
+
 /// The keys are a chain: a changed step changes its own key and all that follow. Names, comments, paths on the host and
 /// the order of keys in the recipe are in none of them.
 fn layers(recipe: &Recipe, facts: &Facts, disk_size: Size, boot: &BootPath) -> Vec<Layer> {
     let part = |name: &str, value: String| (name.to_owned(), value);
     let parts = Parts::from([
         part("layers", LAYERS.to_owned()),
-        part("base", facts.base_sha256.clone()),
+        part(BASE, facts.base_sha256.clone()),
         part("disk", disk_size.bytes().to_string()),
         part("arch", recipe.base.arch.as_str().to_owned()),
         part("boot", boot.as_str().to_owned()),
@@ -257,5 +292,19 @@ mod tests {
         let cached: Vec<_> =
             Plan::new(&recipe(steps), &facts()).unwrap().layers.iter().map(|layer| layer.cached).collect();
         assert_eq!(cached, [true, true, false, false]);
+    }
+
+    #[test]
+    fn differences_are_told_with_before_and_after() {
+        let parts = |pairs: &[(&str, &str)]| -> Parts {
+            pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+        };
+        let (a, b) = ("a".repeat(64), "b".repeat(64));
+        let before = parts(&[("script", &a), ("env A", "1"), ("to", "/srv/")]);
+        let now = parts(&[("script", &b), ("to", "/srv/"), ("file x", &format!("644 {a}"))]);
+        let expected =
+            ["env A is gone, it was `1`", "file x is new: `644 aaaaaaaa`", "script: `aaaaaaaa` became `bbbbbbbb`"];
+        assert_eq!(differences(&before, &now), expected);
+        assert_eq!(differences(&now, &now), [""; 0]);
     }
 }

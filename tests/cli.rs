@@ -135,7 +135,8 @@ fn quiet_is_quiet_and_nothing_is_coloured() {
     let ran = bench.build(&step(json!([["print", "hi\n"]]))).run();
     assert_eq!(ran.stderr, "");
     for no_color in ["", "1"] {
-        let ran = bench.kiln(["-v", "build", "web.toml", "--accel", "tcg"]).env("NO_COLOR", no_color).run();
+        let kiln = bench.kiln(["-v", "build", "web.toml", "--accel", "tcg", "--no-cache"]);
+        let ran = kiln.env("NO_COLOR", no_color).run();
         assert!(!ran.stderr.contains('\u{1b}') && ran.stderr.contains("kernel /boot/"), "{}", ran.stderr);
     }
 }
@@ -263,7 +264,7 @@ fn a_plan_says_what_would_run_and_runs_nothing() {
 #[test]
 fn kvm_that_does_not_work_is_said_and_remembered() {
     let bench = bench();
-    let build = || bench.kiln(["-q", "build", "web.toml"]).run();
+    let build = || bench.kiln(["-q", "build", "web.toml", "--no-cache"]).run();
     let said = build();
     said.stderr.contains("warning: using software emulation (TCG)").then_some(()).expect(&said.stderr);
     assert!(said.stderr.contains("help: "), "{}", said.stderr);

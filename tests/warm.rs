@@ -227,3 +227,48 @@ fn two_builds_at_once_share_the_work() {
     }
     assert_eq!(ran(&bench).iter().filter(|ran| *ran == "boot").count(), 1);
 }
+
+#[test]
+fn the_plan_says_what_is_kept_and_what_changed() {
+    let bench = bench();
+    let plan = || {
+        let said = bench.kiln(["-q", "plan", "web.toml"]).run().succeeded();
+        said.lines().filter(|line| !line.starts_with("base")).collect::<Vec<_>>().join("\n")
+    };
+    insta::assert_snapshot!(plan(), @r#"
+    disk    1 GiB
+    boot    direct: boots, nothing was kept in its place
+    step    1 one (run): runs, it follows a step that is made anew
+    step    2 two (run): runs, it follows a step that is made anew
+    step    3 three (run): runs, it follows a step that is made anew
+    seal    yes
+    "#);
+    built(&bench, build(&bench));
+    insta::assert_snapshot!(plan(), @r#"
+    disk    1 GiB
+    boot    direct: kept
+    step    1 one (run): kept
+    step    2 two (run): kept
+    step    3 three (run): kept
+    seal    yes
+    "#);
+    let changed = bench.read("web.toml").replacen("inline = \"b\"", "inline = \"b\"\nenv = { PORT = \"80\" }", 1);
+    bench.write("web.toml", changed);
+    insta::assert_snapshot!(plan(), @r#"
+    disk    1 GiB
+    boot    direct: kept
+    step    1 one (run): kept
+    step    2 two (run): runs, env PORT is new: `80`
+    step    3 three (run): runs, it follows a step that is made anew
+    seal    yes
+    "#);
+    bench.write("web.toml", bench.read("web.toml").replacen("checkpoint = true", "cache = false", 1));
+    insta::assert_snapshot!(plan(), @r#"
+    disk    1 GiB
+    boot    direct: kept
+    step    1 one (run): runs, it always runs, or follows a step that does
+    step    2 two (run): runs, it always runs, or follows a step that does
+    step    3 three (run): runs, it always runs, or follows a step that does
+    seal    yes
+    "#);
+}

@@ -178,6 +178,45 @@ impl<'a> Layers<'a> {
     }
 }
 
+/// What a build will do about a layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outlook {
+    /// It is there, and is taken.
+    Kept,
+    /// It is made anew, for these reasons.
+    Made(Vec<String>),
+}
+
+/// For each layer of the plan, whether it is there; and if it isn't, how it differs from the one that was made last in
+/// its place.
+#[must_use]
+pub fn outlook(plan: &Plan, store: &Store) -> Vec<Outlook> {
+    let mut changed = false;
+    let mut outlooks = Vec::new();
+    for layer in &plan.layers {
+        let made = |why: String| Outlook::Made(vec![why]);
+        let outlook = if !layer.cached {
+            made("it always runs, or follows a step that does".to_owned())
+        } else {
+            match store.layer(&layer.key) {
+                Lookup::Hit(_) => Outlook::Kept,
+                Lookup::Damaged(why) => made(format!("what was kept can't be used: {why}")),
+                Lookup::Miss if changed => made("it follows a step that is made anew".to_owned()),
+                Lookup::Miss => {
+                    let parent = layer.parts.get(PARENT).map(String::as_str);
+                    Outlook::Made(match store.children(parent, plan.base()).into_iter().next() {
+                        Some(last) => plan::differences(&last.parts, &layer.parts),
+                        None => vec!["nothing was kept in its place".to_owned()],
+                    })
+                }
+            }
+        };
+        changed |= outlook != Outlook::Kept;
+        outlooks.push(outlook);
+    }
+    outlooks
+}
+
 /// The layers that a layer consists of, itself last; none if it, or one of them, isn't there or isn't whole.
 fn chain(store: &Store, layer: &plan::Layer, session: &Session<'_>) -> Option<Vec<Box<Layer>>> {
     if !layer.cached {

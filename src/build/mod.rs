@@ -31,7 +31,7 @@ use crate::vm::host::Host;
 use crate::vm::spec::Accelerator;
 use crate::{exec, vm};
 use inputs::Inputs;
-pub use layers::Fresh;
+pub use layers::{Fresh, Outlook, outlook};
 use layers::{Layers, Start};
 use manifest::{DISK, GuestFacts, Manifest, Phase, PublishFacts, SCHEMA, StepFacts, TestFacts};
 use output::Pending;

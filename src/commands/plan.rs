@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use kiln::build;
+use kiln::build::{self, Outlook};
 use kiln::error::Error;
 use kiln::recipe::Action;
 use serde_json::json;
@@ -13,7 +13,9 @@ use super::Context;
 /// Says what a build of the recipe would do.
 pub(super) fn run(context: &Context<'_>, recipe: &Path, set: &[String]) -> Result<(), Error> {
     let recipe = build::read_recipe(recipe, set)?;
-    let (plan, base) = build::plan(&recipe, &context.host()?, &context.store()?, &context.ui.events(), context.cancel)?;
+    let store = context.store()?;
+    let (plan, base) = build::plan(&recipe, &context.host()?, &store, &context.ui.events(), context.cancel)?;
+    let outlooks = build::outlook(&plan, &store);
     let kind = |action: &Action| match action {
         Action::File { .. } | Action::Inline { .. } => "run",
         Action::Copy { .. } => "copy",
@@ -22,24 +24,46 @@ pub(super) fn run(context: &Context<'_>, recipe: &Path, set: &[String]) -> Resul
     let steps: Vec<_> = recipe
         .steps
         .iter()
-        .map(|step| json!({ "name": step.name, "kind": kind(&step.action), "reboot": step.reboot }))
+        .zip(&outlooks[1..])
+        .map(|(step, outlook)| {
+            json!({
+                "name": step.name, "kind": kind(&step.action), "reboot": step.reboot,
+                "cached": *outlook == Outlook::Kept, "why": reasons(outlook),
+            })
+        })
         .collect();
     let mut text = format!(
-        "base    {} ({})\ndisk    {}\nboot    {}\n",
+        "base    {} ({})\ndisk    {}\nboot    {}: {}\n",
         base.sha256,
         base.format,
         plan.disk_size,
-        plan.boot.as_str()
+        plan.boot.as_str(),
+        in_words(&outlooks[0], "boots"),
     );
-    for (number, step) in (1..).zip(&recipe.steps) {
+    for ((number, step), outlook) in (1..).zip(&recipe.steps).zip(&outlooks[1..]) {
         let reboot = if step.reboot { ", then reboot" } else { "" };
-        let _ = writeln!(text, "step    {number} {} ({}{reboot})", step.name, kind(&step.action));
+        let outlook = in_words(outlook, "runs");
+        let _ = writeln!(text, "step    {number} {} ({}{reboot}): {outlook}", step.name, kind(&step.action));
     }
     let _ = writeln!(text, "seal    {}", if recipe.seal.enabled { "yes" } else { "no" });
     let value = json!({
         "name": recipe.name, "base_sha256": base.sha256, "disk_bytes": plan.disk_size.bytes(),
-        "boot": plan.boot.as_str(), "steps": steps, "seal": recipe.seal.enabled,
+        "boot": plan.boot.as_str(), "booted": outlooks[0] == Outlook::Kept, "steps": steps, "seal": recipe.seal.enabled,
     });
     context.ui.result(&text, &value);
     Ok(())
+}
+
+fn reasons(outlook: &Outlook) -> &[String] {
+    match outlook {
+        Outlook::Kept => &[],
+        Outlook::Made(reasons) => reasons,
+    }
+}
+
+fn in_words(outlook: &Outlook, verb: &str) -> String {
+    match outlook {
+        Outlook::Kept => "kept".to_owned(),
+        Outlook::Made(reasons) => format!("{verb}, {}", reasons.join("; ")),
+    }
 }
