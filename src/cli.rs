@@ -98,6 +98,9 @@ pub enum Command {
         #[arg(long, value_enum, default_value = "auto")]
         accel: Accel,
     },
+    /// What is kept between builds: bases, and the state after each step
+    #[command(subcommand)]
+    Cache(Cache),
     /// Boot a built disk and talk to it on this terminal; the disk is not changed
     Run(Run),
     /// Upload a built disk, import it and register it as an AMI
@@ -134,6 +137,22 @@ pub struct Build {
     #[arg(long, value_name = "STEP", num_args = 0..=1, require_equals = true)]
     #[expect(clippy::option_option, reason = "absent, without a value, and with one are three things")]
     pub no_cache: Option<Option<String>>,
+}
+
+/// `kiln cache`.
+#[derive(Debug, Subcommand)]
+pub enum Cache {
+    /// What is there, the last used first: size, age, last use, and how much is built on it
+    List,
+    /// Remove what was used longest ago, and nothing that is in use [default: --keep 20GiB]
+    Gc {
+        /// How much may stay
+        #[arg(long, value_name = "SIZE")]
+        keep: Option<String>,
+        /// How long something may stay unused
+        #[arg(long, value_name = "TIME")]
+        older: Option<String>,
+    },
 }
 
 /// `kiln run`.

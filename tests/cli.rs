@@ -256,7 +256,11 @@ fn a_plan_says_what_would_run_and_runs_nothing() {
     let bench = bench();
     let plan = bench.kiln(["-q", "plan", "web.toml"]).run().succeeded();
     let rest = plan.split_once('\n').unwrap().1;
-    assert_eq!(rest, "disk    1 GiB\nboot    direct\nstep    1 hello (run)\nseal    yes\n");
+    assert_eq!(
+        rest,
+        "disk    1 GiB\nboot    direct: boots, nothing was kept in its place\n\
+                      step    1 hello (run): runs, it follows a step that is made anew\nseal    yes\n"
+    );
     assert_eq!(bench.qemus(), [0; 0]);
     bench.assert_tidy(&[]);
 }
@@ -272,7 +276,7 @@ fn kvm_that_does_not_work_is_said_and_remembered() {
     let before = probes();
     build();
     assert_eq!(probes() - before, 1, "the verdict is remembered: only the guest is started");
-    let said = bench.kiln(["-q", "build", "web.toml", "--accel", "kvm"]).run().failed(4);
+    let said = bench.kiln(["-q", "build", "web.toml", "--accel", "kvm", "--no-cache"]).run().failed(4);
     assert!(said.starts_with("error: --accel kvm: ") && said.contains("help: "), "{said}");
 }
 

@@ -272,3 +272,40 @@ fn the_plan_says_what_is_kept_and_what_changed() {
     seal    yes
     "#);
 }
+
+#[test]
+fn the_cache_is_listed_and_bounded() {
+    let bench = bench();
+    built(&bench, build(&bench));
+    let list = || -> Value {
+        serde_json::from_str(&bench.kiln(["--format", "json", "cache", "list"]).run().succeeded()).unwrap()
+    };
+    let names = |list: &Value| -> Vec<String> {
+        let mut names: Vec<_> =
+            list.as_array().unwrap().iter().map(|entry| entry["name"].as_str().unwrap().to_owned()).collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names(&list()), ["base image (raw)", "web: one", "web: the booted base", "web: three", "web: two"]);
+    assert!(list().as_array().unwrap().iter().all(|entry| entry["bytes"].as_u64().unwrap() > 0));
+    let dependents: Vec<_> =
+        list().as_array().unwrap().iter().map(|entry| entry["dependents"].as_u64().unwrap()).collect();
+    assert_eq!(dependents.iter().sum::<u64>(), 4, "each but the base is built on another");
+    let text = bench.kiln(["cache", "list"]).run().succeeded();
+    assert!(text.ends_with(" in 5 entries\n"), "{text}");
+
+    // Of a running build nothing is removed; what is built on others goes before them.
+    recipe(&bench, ["a", "b", "changed"]);
+    forget(&bench);
+    let running = bench.build(&json!({ "step three": [["wait-for", "go"]] })).start();
+    bench.wait_for("at-step-three");
+    let gc = |arguments: &[&str]| bench.kiln([&["cache", "gc"], arguments].concat()).run().succeeded();
+    assert!(gc(&["--keep", "0B"]).starts_with("removed 1 entries, "));
+    assert_eq!(names(&list()), ["base image (raw)", "web: one", "web: the booted base", "web: two"]);
+    bench.write("traces/go", "");
+    running.end().succeeded();
+    assert!(gc(&["--older", "1d"]).starts_with("removed 0 entries, "));
+    assert!(gc(&["--keep", "0B"]).starts_with("removed 5 entries, "));
+    assert_eq!(list(), json!([]));
+    assert_eq!(built(&bench, build(&bench).arg("--no-cache")), ["boot", "step one", "step two", "step three"]);
+}

@@ -1,18 +1,20 @@
 //! A recipe becomes an output folder. [`build`] is the story, top to bottom.
 
 mod archive;
+mod failure;
+mod finished;
 mod inputs;
 mod layers;
 mod log;
 pub mod manifest;
 mod output;
+mod record;
 pub(crate) mod session;
 mod steps;
 pub(crate) mod testing;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use sha2::{Digest as _, Sha256};
@@ -21,20 +23,23 @@ use crate::cancel::Cancel;
 use crate::disk::{self, BLOCK, Backing, Image, Overlay, Table, Work};
 use crate::error::{Error, Exit};
 use crate::event::{Event, Events};
-use crate::plan::{self, BootPath, Facts, Plan};
+use crate::plan::{BootPath, Facts, Plan};
 use crate::recipe::{self, Arch, Recipe};
-use crate::store::{self, Imported, Scratch, Store};
+use crate::store::{self, Imported, Store};
 use crate::units::{MIB, Size, hex};
+use crate::vm;
 use crate::vm::accelerator::{self, Kvm, Wanted};
 use crate::vm::guest::Guest;
 use crate::vm::host::Host;
 use crate::vm::spec::Accelerator;
-use crate::{exec, vm};
+pub(crate) use failure::{disk_failure, guest_failure};
+use finished::{artifact_key, finished};
 use inputs::Inputs;
 pub use layers::{Fresh, Outlook, outlook};
 use layers::{Layers, Start};
-use manifest::{DISK, GuestFacts, Manifest, Phase, PublishFacts, SCHEMA, StepFacts, TestFacts};
+use manifest::{DISK, GuestFacts, Manifest, PublishFacts, SCHEMA, StepFacts, TestFacts};
 use output::Pending;
+use record::Recorder;
 use session::Session;
 use steps::Epoch;
 
@@ -117,55 +122,13 @@ pub fn build(request: &Request, store: &Store, events: &Events, cancel: &Cancel)
         Ok(manifest) => {
             let folder = pending.commit()?;
             store.know_disk(&folder.join(DISK), &manifest.digest);
+            for gone in store.collect(store.default_limits())? {
+                events.detail(format!("removed from the cache, which was full: {}", gone.name));
+            }
             Ok(Artifact { folder, manifest })
         }
-        Err(error) => Err(keep_failure(error, request, pending, &scratch)),
+        Err(error) => Err(failure::keep(error, request, pending, &scratch)),
     }
-}
-
-/// The output of an earlier build, if it is what this build would make: then there is nothing to do.
-fn finished(
-    recipe: &Recipe,
-    inputs: &[Inputs],
-    request: &Request,
-    store: &Store,
-    events: &Events,
-    cancel: &Cancel,
-) -> Result<Option<Artifact>, Error> {
-    let recipe::Image::Path(path) = &recipe.base.image else { return Ok(None) };
-    if request.fresh != Fresh::Nothing {
-        return Ok(None);
-    }
-    let folder = request.out.join(&recipe.name);
-    let Ok(manifest) = Manifest::read(&folder) else { return Ok(None) };
-    let Some(base) = store.imported(&from_home(path), recipe.base.digest.as_ref(), cancel)? else { return Ok(None) };
-    let (plan, ..) = make_plan(recipe, &base, inputs)?;
-    let same = plan.layers.iter().all(|layer| layer.cached)
-        && manifest.artifact == artifact_key(recipe, &plan)
-        && store.knows_disk(&folder.join(DISK), &manifest.digest);
-    if !same {
-        return Ok(None);
-    }
-    events.note(format!("nothing changed since `{}` was built", folder.display()));
-    Ok(Some(Artifact { folder, manifest }))
-}
-
-/// What an output folder depends on.
-fn artifact_key(recipe: &Recipe, plan: &Plan) -> String {
-    let part = |name: &str, value: String| (name.to_owned(), value);
-    let keep: Vec<_> = recipe.seal.keep.iter().map(|keep| keep.as_str()).collect();
-    let tests = serde_json::to_string(&TestFacts::of(recipe)).unwrap_or_default();
-    let publish = serde_json::to_string(&PublishFacts::of(recipe)).unwrap_or_default();
-    plan::digest(&plan::Parts::from([
-        part("layer", plan.layers.last().map(|layer| layer.key.clone()).unwrap_or_default()),
-        part("name", recipe.name.clone()),
-        part("description", recipe.description.clone()),
-        part("seal", format!("{} {}", recipe.seal.enabled, keep.join(" "))),
-        part("scripts", [session::SETTLE, session::SEAL, session::NETWORK_DOWN].concat()),
-        part("kiln", env!("CARGO_PKG_VERSION").to_owned()),
-        part("tests", tests),
-        part("publish", publish),
-    ]))
 }
 
 /// Reads and parses a recipe.
@@ -581,126 +544,4 @@ fn fresh_from(fresh: &Fresh, plan: &Plan) -> Result<usize, Error> {
 
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
-}
-
-/// Writes every event to `build.log` on its way to the user, and remembers how long phases took.
-struct Recorder {
-    events: Events,
-    phases: Arc<Mutex<Vec<Phase>>>,
-}
-
-impl Recorder {
-    fn begin(events: &Events, pending: &Pending) -> Result<Self, Error> {
-        let path = pending.path().join(output::BUILD_LOG);
-        let file = fs_err::File::create(&path).map_err(|error| Error::io("cannot write the build's log", &error))?;
-        let (file, started, outer) = (Mutex::new(file), Instant::now(), events.clone());
-        let phases = Arc::new(Mutex::new(Vec::new()));
-        let into = Arc::clone(&phases);
-        let events = Events::new(move |event| {
-            if let Some(line) = event.log_line() {
-                use std::io::Write;
-                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
-                let _ = writeln!(file, "{:9.3} {line}", started.elapsed().as_secs_f64());
-            }
-            if let Event::PhaseDone { phase, took, .. } = &event {
-                let seconds = (took.as_secs_f64() * 1000.0).round() / 1000.0;
-                let phase = Phase { phase: (*phase).to_owned(), seconds };
-                into.lock().unwrap_or_else(PoisonError::into_inner).push(phase);
-            }
-            outer.emit(event);
-        });
-        Ok(Self { events, phases })
-    }
-
-    fn phases(&self) -> Vec<Phase> {
-        self.phases.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-}
-
-/// A disk that can't be read or written, with its exit code and remedy.
-pub(crate) fn disk_failure(error: disk::Error) -> Error {
-    let cause = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
-    let exit = match &error {
-        disk::Error::NoSpace { .. }
-        | disk::Error::Create { .. }
-        | disk::Error::Write { .. }
-        | disk::Error::Open { .. }
-        | disk::Error::Read { .. }
-        | disk::Error::BlockMapIo(_) => Exit::Host,
-        _ => Exit::Input,
-    };
-    let full = match &error {
-        disk::Error::NoSpace { .. } => true,
-        disk::Error::BlockMapIo(error) => error.kind() == std::io::ErrorKind::StorageFull,
-        _ => false,
-    };
-    let failure = Error::new(exit, format!("{error}{cause}"));
-    if full { failure.help("free some space, or choose another place with --out or --cache-dir") } else { failure }
-}
-
-/// A guest that failed, with its exit code and remedy.
-pub(crate) fn guest_failure(error: vm::Error) -> Error {
-    if let vm::Error::Cancelled(cancelled) | vm::Error::Exec(exec::Error::Cancelled(cancelled)) = error {
-        return cancelled.into();
-    }
-    let mut failure = Error::new(error.exit(), error.to_string());
-    if let Some(console) = error.console() {
-        let last = console.lines().rev().take(3).collect::<Vec<_>>();
-        failure.notes.extend(last.iter().rev().map(|line| format!("console: {line}")));
-    }
-    match &error {
-        vm::Error::HostDiskFull => failure.help("free some space, or choose another place with --cache-dir"),
-        vm::Error::Died { how, .. } if how.contains("signal 9") => {
-            failure.help("was it the host's out-of-memory killer? see dmesg; a smaller [machine] memory may help")
-        }
-        vm::Error::Died { .. } => failure.help("build again; if it ends the same way, try --accel tcg or another QEMU"),
-        _ => failure,
-    }
-}
-
-/// Keeps what explains the failure; after a signal nothing.
-fn keep_failure(mut error: Error, request: &Request, pending: Pending, scratch: &Scratch) -> Error {
-    if let Exit::Signal(_) = error.exit {
-        return error;
-    }
-    let (build_log, console_log) = (pending.after_failure(output::BUILD_LOG), pending.after_failure("console.log"));
-    match pending.fail() {
-        Ok(folder) => {
-            if error.log.is_none() {
-                let console = std::fs::metadata(&console_log).is_ok_and(|console| console.len() > 0);
-                error.log = Some(if console { console_log } else { build_log });
-            }
-            if request.keep_on_error {
-                error.notes.extend(keep_disk(scratch.path(), &folder));
-            }
-        }
-        Err(lost) => error.notes.push(format!("the logs could not be kept: {lost}")),
-    }
-    error
-}
-
-/// Keeps the failed guest's disk, with all that is behind its overlay, and says how to look into it.
-fn keep_disk(scratch: &Path, folder: &Path) -> Vec<String> {
-    let overlays = (0..).map(|number| scratch.join(format!("overlay-{number}.qcow2")));
-    let mut written = overlays.skip_while(|path| !path.exists()).take_while(|path| path.exists());
-    let Some(overlay) = written.by_ref().last() else { return Vec::new() };
-    let kept = folder.join(output::FAILED_DISK);
-    let root = Image::overlay(&overlay).and_then(|image| {
-        disk::export(&image, &kept, &Work::quiet(4))?;
-        let table = Table::read(&image)?;
-        Ok(table.find_root(&image)?.map_or(0, |root| root.start))
-    });
-    match root {
-        Ok(start) => {
-            let shown = kept.display();
-            vec![
-                format!("the guest's disk is kept: {shown}"),
-                format!("look into it: sudo mount -o ro,loop,offset={start} {shown} /mnt"),
-            ]
-        }
-        Err(lost) => {
-            let _ = std::fs::remove_file(&kept);
-            vec![format!("the guest's disk could not be kept: {}", disk_failure(lost).message)]
-        }
-    }
 }

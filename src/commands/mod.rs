@@ -1,5 +1,6 @@
 //! One function for each command: from the command line's types to the library's, and back to a result.
 
+mod cache;
 mod doctor;
 mod init;
 mod plan;
@@ -35,6 +36,7 @@ pub(crate) fn run(cli: Cli, ui: Ui, cancel: &Cancel) -> Result<(), Error> {
         Command::Test { outdir, firmware, timeout, accel } => {
             rehearse::test(&context, &outdir, firmware, &timeout, accel)
         }
+        Command::Cache(command) => cache::run(&context, command),
         Command::Run(arguments) => rehearse::run(&context, arguments),
         Command::Publish(arguments) => publish::run(&context, arguments),
         Command::Provisioners => {

@@ -3,8 +3,10 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::FlockOperation;
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256, Sha512};
 
@@ -20,6 +22,9 @@ use crate::units::{Size, hex};
 /// How long `qemu-img` may take for the largest base.
 const CONVERT_LIMIT: Duration = Duration::from_secs(3600);
 
+/// The file that notes the image's format; its mtime is when the base was last used.
+pub(super) const FORMAT: &str = "format";
+
 /// Image formats that clouds and distributions hand out, by qemu-img's names.
 const FORMATS: [&str; 5] = ["raw", "qcow2", "vmdk", "vhdx", "vpc"];
 
@@ -32,6 +37,8 @@ pub struct Imported {
     pub sha256: String,
     /// The image's format.
     pub format: String,
+    /// Held, so that nothing removes it.
+    _in_use: Arc<File>,
 }
 
 #[derive(Deserialize)]
@@ -66,14 +73,14 @@ impl Store {
             return Ok(imported);
         }
         let folder = self.root.join("bases").join(&sha256);
-        let disk = folder.join("disk.raw");
-        let imported = events.phase(
+        events.phase(
             "import-base",
             format!("unpacking {shown} (once)"),
             |format: &String| format!("{shown} ({format}) is in the cache now"),
             || self.unpack(image, &folder, qemu_img, events, cancel),
         )?;
-        Ok(Imported { disk, sha256, format: imported })
+        let gone = || Error::new(Exit::Host, format!("`{}` vanished at once", folder.display()));
+        self.unpacked(sha256).ok_or_else(gone)
     }
 
     /// `image`, if it is in the store already and its digest is what it should be.
@@ -97,8 +104,11 @@ impl Store {
     fn unpacked(&self, sha256: String) -> Option<Imported> {
         let folder = self.root.join("bases").join(&sha256);
         let disk = folder.join("disk.raw");
-        let format = fs_err::read_to_string(folder.join("format")).ok().filter(|_| disk.is_file())?;
-        Some(Imported { disk, sha256, format })
+        let in_use = File::open(folder.join(FORMAT)).ok()?;
+        rustix::fs::flock(&in_use, FlockOperation::LockShared).ok()?;
+        let format = fs_err::read_to_string(folder.join(FORMAT)).ok().filter(|_| disk.is_file())?;
+        let _ = in_use.set_modified(std::time::SystemTime::now());
+        Some(Imported { disk, sha256, format, _in_use: Arc::new(in_use) })
     }
 
     /// The file's SHA-256, once its digest is what it should be.

@@ -23,10 +23,10 @@ use crate::event::Events;
 
 /// The version of this format. Layers of another are misses.
 const FORMAT: u32 = 1;
-const RECORD: &str = "layer.json";
+pub(super) const RECORD: &str = "layer.json";
 /// The name of a layer's disk in its folder.
 pub const DISK: &str = "disk.qcow2";
-const USED: &str = "used";
+pub(super) const USED: &str = "used";
 
 /// What a layer is, as it says itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -12,6 +12,7 @@
 //! works. A scratch folder whose lock nobody holds belongs to a kiln that was killed; the next one removes it.
 
 mod base;
+mod gc;
 mod known;
 mod layer;
 
@@ -24,6 +25,7 @@ use rustix::fs::FlockOperation;
 use crate::error::Error;
 
 pub use base::Imported;
+pub use gc::{Entry, Kind, Limits};
 pub use layer::{Claim, DISK as LAYER_DISK, Layer, Lookup, Pending, Record};
 
 /// The store in one folder.

@@ -276,7 +276,7 @@ fn there_is_too_little_space_to_unpack_the_base() {
     write_base(&bench.path("base.raw"), Base::Large(4));
     bench.one_step();
     let kiln = on_small_filesystem(&bench, "cache", "size=1m", &json!({}));
-    insta::assert_snapshot!(runs_full(&bench, kiln, "bases\nwork\n"), @r#"
+    insta::assert_snapshot!(runs_full(&bench, kiln, "bases\nknown\nlayers\nlocks\nwork\n"), @r#"
     error: the cache's filesystem has 1 MiB free, and unpacking the base may need 15.8 MiB
      |
     help: free some space, or choose another place with --cache-dir

@@ -1,0 +1,55 @@
+//! A build that has nothing to do, because its output is there.
+
+use super::manifest::{DISK, Manifest, PublishFacts, TestFacts};
+use super::{Artifact, Fresh, Inputs, Request, from_home, make_plan, session};
+use crate::cancel::Cancel;
+use crate::error::Error;
+use crate::event::Events;
+use crate::plan::{self, Plan};
+use crate::recipe::{self, Recipe};
+use crate::store::Store;
+
+/// The output of an earlier build, if it is what this build would make: then there is nothing to do.
+pub(super) fn finished(
+    recipe: &Recipe,
+    inputs: &[Inputs],
+    request: &Request,
+    store: &Store,
+    events: &Events,
+    cancel: &Cancel,
+) -> Result<Option<Artifact>, Error> {
+    let recipe::Image::Path(path) = &recipe.base.image else { return Ok(None) };
+    if request.fresh != Fresh::Nothing {
+        return Ok(None);
+    }
+    let folder = request.out.join(&recipe.name);
+    let Ok(manifest) = Manifest::read(&folder) else { return Ok(None) };
+    let Some(base) = store.imported(&from_home(path), recipe.base.digest.as_ref(), cancel)? else { return Ok(None) };
+    let (plan, ..) = make_plan(recipe, &base, inputs)?;
+    let same = plan.layers.iter().all(|layer| layer.cached)
+        && manifest.artifact == artifact_key(recipe, &plan)
+        && store.knows_disk(&folder.join(DISK), &manifest.digest);
+    if !same {
+        return Ok(None);
+    }
+    events.note(format!("nothing changed since `{}` was built", folder.display()));
+    Ok(Some(Artifact { folder, manifest }))
+}
+
+/// What an output folder depends on.
+pub(super) fn artifact_key(recipe: &Recipe, plan: &Plan) -> String {
+    let part = |name: &str, value: String| (name.to_owned(), value);
+    let keep: Vec<_> = recipe.seal.keep.iter().map(|keep| keep.as_str()).collect();
+    let tests = serde_json::to_string(&TestFacts::of(recipe)).unwrap_or_default();
+    let publish = serde_json::to_string(&PublishFacts::of(recipe)).unwrap_or_default();
+    plan::digest(&plan::Parts::from([
+        part("layer", plan.layers.last().map(|layer| layer.key.clone()).unwrap_or_default()),
+        part("name", recipe.name.clone()),
+        part("description", recipe.description.clone()),
+        part("seal", format!("{} {}", recipe.seal.enabled, keep.join(" "))),
+        part("scripts", [session::SETTLE, session::SEAL, session::NETWORK_DOWN].concat()),
+        part("kiln", env!("CARGO_PKG_VERSION").to_owned()),
+        part("tests", tests),
+        part("publish", publish),
+    ]))
+}

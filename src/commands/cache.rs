@@ -1,0 +1,68 @@
+//! `kiln cache`: what is kept between builds.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use kiln::cli::Cache;
+use kiln::error::{Error, Exit};
+use kiln::store::{Kind, Limits};
+use kiln::units::Size;
+use serde_json::json;
+
+use super::{Context, duration};
+
+/// Lists or removes.
+pub(super) fn run(context: &Context<'_>, command: Cache) -> Result<(), Error> {
+    match command {
+        Cache::List => {
+            list(context)?;
+        }
+        Cache::Gc { keep, older } => gc(context, keep.as_deref(), older.as_deref())?,
+    }
+    Ok(())
+}
+
+fn list(context: &Context<'_>) -> Result<(), Error> {
+    let entries = context.store()?.entries();
+    let mut text = format!("{:>10}  {:>8}  {:>8}  {:>4}  {:16}  WHAT\n", "SIZE", "MADE", "USED", "DEPS", "KEY");
+    for entry in &entries {
+        let kind = if entry.kind == Kind::Base { "" } else { "layer " };
+        let _ = writeln!(
+            text,
+            "{:>10}  {:>8}  {:>8}  {:>4}  {:16}  {kind}{}",
+            Size(entry.bytes).to_string(),
+            ago(entry.age),
+            ago(entry.unused),
+            entry.dependents,
+            &entry.key[..entry.key.len().min(16)],
+            entry.name,
+        );
+    }
+    let bytes: u64 = entries.iter().map(|entry| entry.bytes).sum();
+    let _ = write!(text, "{} in {} entries", Size(bytes), entries.len());
+    context.ui.result(&text, &json!(entries));
+    Ok(())
+}
+
+fn ago(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min", seconds / 60),
+        3600..86_400 => format!("{} h", seconds / 3600),
+        _ => format!("{} d", seconds / 86_400),
+    }
+}
+
+fn gc(context: &Context<'_>, keep: Option<&str>, older: Option<&str>) -> Result<(), Error> {
+    let store = context.store()?;
+    let wrong = |error| Error::new(Exit::Usage, format!("--keep: {error}"));
+    let keep = keep.map(|text| text.parse::<Size>().map_err(wrong));
+    let older: Option<Duration> = older.map(|text| duration("--older", text)).transpose()?;
+    let keep = keep.transpose()?.map(|size| size.bytes());
+    let limits = if keep.is_none() && older.is_none() { store.default_limits() } else { Limits { keep, older } };
+    let removed = store.collect(limits)?;
+    let bytes: u64 = removed.iter().map(|entry| entry.bytes).sum();
+    let text = format!("removed {} entries, {}", removed.len(), Size(bytes));
+    context.ui.result(&text, &json!(removed));
+    Ok(())
+}

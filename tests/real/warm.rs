@@ -1,0 +1,92 @@
+//! Real guests that are taken up again: what they see, and that nobody can tell their disks from those of a cold build.
+
+use std::process::Command;
+
+use super::{Bench, base, run};
+
+fn recipe(bench: &Bench, suite: &str, last: &str) {
+    bench.write(
+        "warm.toml",
+        format!(
+            "name = \"warm\"\n[base]\nimage = \"{}\"\n\
+             [[provision]]\nname = \"files\"\ninline = \"mkdir -p /srv/a && seq 100000 > /srv/a/numbers\"\ncheckpoint = true\n\
+             [[provision]]\nname = \"user\"\ninline = \"useradd -m deploy; seq 5 > /srv/a/more; rm /srv/a/numbers\"\ncheckpoint = true\n\
+             [[provision]]\nname = \"last\"\ninline = '''\n{last}\n'''\n",
+            base(suite).display()
+        ),
+    );
+}
+
+/// The files of a built disk with their kinds, modes, owners and bytes; without what no two builds have alike.
+fn tree(bench: &Bench) -> String {
+    bench.clean_root("warm");
+    let folder = bench.path("tree");
+    std::fs::create_dir(&folder).unwrap();
+    let dump = Command::new("/sbin/debugfs")
+        .arg("-R")
+        .arg(format!("rdump / {}", folder.display()))
+        .arg(bench.path("warm.ext4"))
+        .output();
+    assert!(dump.unwrap().status.success());
+    let listing = run(Command::new("sh").arg("-c").arg(
+        "cd \"$0\" && find . -path ./lost+found -prune -o -path ./var/log -prune -o -path ./proc -prune -o -type f -print0 -o -type l -print0 \
+         | sort -z | xargs -0 sh -c 'for f; do if [ -L \"$f\" ]; then echo \"$f -> $(readlink \"$f\")\"; else echo \"$(stat -c %a:%u:%g \"$f\") $(sha256sum < \"$f\") $f\"; fi; done' sh",
+    ).arg(&folder));
+    run(Command::new("rm").arg("-rf").arg(&folder));
+    // Days since 1970 of the last change of a password; it is the same day unless midnight passes.
+    listing
+}
+
+/// Cold, and taken up after each step: the same files.
+#[test]
+fn a_resumed_build_gives_the_same_files() {
+    let bench = Bench::own_cache();
+    recipe(&bench, "bookworm", "echo done > /srv/a/last");
+    bench.ok(&["build", "warm.toml"]);
+    let cold = tree(&bench);
+    assert!(cold.contains("./srv/a/last") && !cold.contains("./srv/a/numbers"), "the tree was read");
+    for from in ["files", "user", "last"] {
+        bench.ok(&["build", "warm.toml", &format!("--no-cache={from}")]);
+        let log = std::fs::read_to_string(bench.path("out/warm/build.log")).unwrap();
+        assert!(log.contains("resume: taking up the guest after"), "{log}");
+        let resumed = tree(&bench);
+        let differ: Vec<_> = resumed.lines().filter(|line| !cold.contains(*line)).collect();
+        assert_eq!(differ, [""; 0], "from {from}");
+        assert_eq!(resumed.lines().count(), cold.lines().count(), "from {from}");
+    }
+}
+
+/// Time goes on, names resolve, and no two restores draw the same random numbers.
+#[track_caller]
+fn is_awake(suite: &str) {
+    let bench = Bench::own_cache();
+    recipe(
+        &bench,
+        suite,
+        "date +%s; getent hosts deb.debian.org >&2; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \\n'",
+    );
+    bench.ok(&["build", "warm.toml"]);
+    let mut draws = Vec::new();
+    for _ in 0..2 {
+        bench.ok(&["build", "warm.toml", "--no-cache=last"]);
+        let build = std::fs::read_to_string(bench.path("out/warm/build.log")).unwrap();
+        assert!(build.contains("resume: taking up the guest after `user`"), "{build}");
+        let log = std::fs::read_to_string(bench.path("out/warm/steps/03-last.log")).unwrap();
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        let clock: u64 = log.lines().next().unwrap().parse().unwrap();
+        assert!(now.abs_diff(clock) < 60, "{clock} and {now}");
+        draws.push(log.lines().last().unwrap().to_owned());
+    }
+    assert!(draws[0].len() == 64 && draws[0] != draws[1], "{draws:?}");
+}
+
+#[test]
+fn a_resumed_guest_is_awake() {
+    is_awake("bookworm");
+}
+
+/// Its kernel does not know `vmgenid`.
+#[test]
+fn a_resumed_guest_with_an_old_kernel_is_awake() {
+    is_awake("bullseye");
+}
