@@ -17,9 +17,9 @@
 //! |---|---|
 //! | `main`, `commands`, [`cli`] | the program: signals, the command line's types, one function for each command |
 //! | [`recipe`], [`provisioners`] | TOML to typed recipe, with the place of every mistake; what ships with kiln |
-//! | [`plan`] | recipe and facts to a plan |
+//! | [`plan`] | recipe and facts to a plan with the keys of its layers |
 //! | [`build`] | the story of a build; its guest scripts stand in `build/guest` |
-//! | [`store`] | imported bases and scratch folders in the user's cache |
+//! | [`store`] | imported bases, layers, known digests and scratch folders in the user's cache |
 //! | [`vm`] | machine specs, QEMU and its monitor, the agent's protocol, the accelerator's probe, the network's filter |
 //! | [`disk`] | partition tables, filesystems, overlays, block maps: disks as bytes |
 //! | [`rehearse`] | booting a built disk as an instance would |
@@ -55,6 +55,19 @@
 //!
 //! The guest does not shut down at the end of a build. Its services are stopped, then its filesystems are unmounted or
 //! frozen, which leaves them clean, and QEMU is told to quit.
+//!
+//! # Layers
+//! After the boot of the base and after each step the build leaves a *layer* in the [`store`]: the overlay that the guest
+//! wrote, and, where taking it up again saves more than keeping it costs, the guest's memory ([`vm::memory`]). The guest
+//! goes on in a new overlay meanwhile. A layer's key ([`plan::Plan`]) is the digest of everything that can change its
+//! content, its parent's key included; a later build begins at the deepest layer that is there (`build/layers.rs`).
+//!
+//! - A memory state is taken only by the machine that it came from: QEMU, its arguments, the processor. Any other boots
+//!   the layer's disk, which was written out before it was kept.
+//! - A guest that is taken up has its clock set and draws new random numbers before anything else runs in it; one that
+//!   can't is never kept.
+//! - A layer is whole or not there. One whose files are not what its record says is a miss with a warning.
+//! - Whoever makes a layer holds its claim; others wait for it, and then use it. What is in use is never removed.
 //!
 //! # The network
 //! `network = "open"` is QEMU's user networking, which would let the guest reach the host's loopback. So the frames

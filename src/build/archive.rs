@@ -33,16 +33,18 @@ impl Script<'_> {
         self.text.starts_with(b"#!")
     }
 
-    /// The archive, made in `scratch`.
-    pub(super) fn archive(&self, scratch: &Path) -> io::Result<Archive> {
+    /// The archive, made in `scratch`: all in a folder named `folder`.
+    pub(super) fn archive(&self, scratch: &Path, folder: &str) -> io::Result<Archive> {
+        let inside = |name: &Path| Path::new(folder).join(name);
         Archive::build(scratch, |tar| {
-            append_bytes(tar, ".kiln/env", environment(self.env).as_bytes(), 0o600)?;
-            append_bytes(tar, ".kiln/step", self.text, 0o755)?;
+            append_folder(tar, Path::new(folder), 0o755)?;
+            append_bytes(tar, &inside(Path::new(".kiln/env")), environment(self.env).as_bytes(), 0o600)?;
+            append_bytes(tar, &inside(Path::new(".kiln/step")), self.text, 0o755)?;
             for (name, text) in self.texts {
-                append_bytes(tar, name, text.as_bytes(), 0o755)?;
+                append_bytes(tar, &inside(Path::new(name)), text.as_bytes(), 0o755)?;
             }
             for (name, path) in self.files {
-                append_tree(tar, path, name, &Look::default())?;
+                append_tree(tar, path, &inside(name), &Look::default())?;
             }
             Ok(())
         })
@@ -113,7 +115,15 @@ fn environment(env: &BTreeMap<String, String>) -> String {
     })
 }
 
-fn append_bytes(tar: &mut Tar<'_>, name: &str, bytes: &[u8], mode: u32) -> io::Result<()> {
+fn append_folder(tar: &mut Tar<'_>, name: &Path, mode: u32) -> io::Result<()> {
+    let mut header = Header::new_gnu();
+    header.set_mode(mode);
+    header.set_entry_type(EntryType::Directory);
+    header.set_size(0);
+    tar.append_data(&mut header, name.join(""), io::empty())
+}
+
+fn append_bytes(tar: &mut Tar<'_>, name: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let mut header = Header::new_gnu();
     header.set_mode(mode);
     header.set_size(bytes.len() as u64);

@@ -506,16 +506,7 @@ struct Export {
 /// Takes away what the build left and what instances must not share, then stops the guest with its disk clean. The
 /// packages that are installed, one a line.
 fn seal(session: &mut Session<'_>, mut guest: Guest) -> Result<Vec<u8>, Error> {
-    let seal = &session.recipe.seal;
-    session.own(&mut guest, "the guest's end", session::SETTLE, &BTreeMap::new())?;
-    // Now that nothing of the steps' runs any more that could print into the list.
-    let packages = session.own(&mut guest, "the list of packages", session::PACKAGES, &BTreeMap::new())?;
-    session.network_down(&mut guest)?;
-    if seal.enabled {
-        let keep: Vec<_> = seal.keep.iter().map(|keep| keep.as_str()).collect();
-        let env = BTreeMap::from([("KILN_KEEP".to_owned(), keep.join(" "))]);
-        session.own(&mut guest, "the seal", session::SEAL, &env)?;
-    }
+    let packages = session.end(&mut guest)?;
     guest.freeze(Duration::from_secs(120)).map_err(|error| match error {
         vm::Error::Refused(why) => Error::new(Exit::Step, format!("the guest's disk can't be unmounted: {why}"))
             .help("end what uses it in the last step"),

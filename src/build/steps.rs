@@ -100,8 +100,9 @@ fn send(
     let text = inputs.script.as_deref().unwrap_or_default();
     let env = environment(recipe, step, epoch);
     let script = Script { text, env: &env, files: &inputs::extra_files(recipe, step), texts };
-    let archive = script.archive(session.scratch).map_err(cannot_send)?;
-    Ok(guest.run(&what, archive, script.has_shebang(), sink, limit))
+    let folder = guest.fresh_folder();
+    let archive = script.archive(session.scratch, &folder).map_err(cannot_send)?;
+    Ok(guest.run(&what, archive, &folder, script.has_shebang(), sink, limit))
 }
 
 /// What the end of a step means for the build.

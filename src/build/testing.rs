@@ -52,9 +52,11 @@ fn ask(
 ) -> Result<(i32, String), Error> {
     let output = Arc::new(Mutex::new(Vec::new()));
     let script = Script { text: text.as_bytes(), env, files: &[], texts: &[] };
-    let archive = script.archive(scratch).map_err(|error| Error::io("cannot write the guest's drives", &error))?;
+    let folder = guest.fresh_folder();
+    let archive =
+        script.archive(scratch, &folder).map_err(|error| Error::io("cannot write the guest's drives", &error))?;
     let sink = Box::new(Answer(Arc::clone(&output)));
-    let ended = guest.run(what, archive, script.has_shebang(), sink, limit).map_err(guest_failure)?;
+    let ended = guest.run(what, archive, &folder, script.has_shebang(), sink, limit).map_err(guest_failure)?;
     let output = output.lock().unwrap_or_else(PoisonError::into_inner);
     Ok((ended.status, String::from_utf8_lossy(&output).into_owned()))
 }

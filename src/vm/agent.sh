@@ -5,7 +5,7 @@
 # streams in, kiln.out carries what steps print. Every command has a nonce that only kiln and this shell know; it is
 # never in a step's environment, arguments or open files, so a step can't forge an answer.
 #
-#   in   run NONCE BYTES sh|exec      BYTES of tar on kiln.in, unpacked to a fresh folder; runs .kiln/step there
+#   in   run NONCE BYTES sh|exec NAME  BYTES of tar on kiln.in, all in the folder NAME; runs NAME/.kiln/step there
 #        put NONCE BYTES USER GROUP DIR/   BYTES of tar on kiln.in, unpacked into DIR (the rest of the line)
 #        freeze NONCE                 unmounts or freezes every filesystem; nothing is written after the answer
 #        sync NONCE                   writes out what the guest holds in memory for its disk
@@ -51,40 +51,42 @@ refuse() { # NONCE BYTES WHY...: the stream must be read all the same, or the ne
     answer fail "$refused" "$@"
 }
 
-free_kib() { df -Pk / | { read -r _ && read -r _ _ _ left _ && echo "$left"; }; }
-
 finish() { # NONCE STATUS: the mark on kiln.out says that all output before it has arrived
     printf '\000kiln-end %s\n' "$1" >&4
-    answer "done" "$1" "$2" "$(free_kib)"
+    # Only who fails may have failed for want of space.
+    left=0
+    [ "$2" = 0 ] || left=$(df -Pk / | { read -r _ && read -r _ _ _ left _ && echo "$left"; })
+    answer "done" "$1" "$2" "$left"
 }
 
-run() { # NONCE BYTES sh|exec
+# Few programs are started here: each takes 40 ms under software emulation, several times what it does.
+run() { # NONCE BYTES sh|exec NAME: all of the archive is in the folder NAME
     # A small step lives in memory, so that its secrets never touch the disk; a large one would not fit.
-    if [ "$2" -le 33554432 ]; then work=$(mktemp -d /run/kiln/work.XXXXXX); else work=$(mktemp -d /var/tmp/kiln.XXXXXX); fi
-    chmod 755 "$work"
-    if ! receive "$2" | tar -x -p -f - -C "$work"; then
-        left=$(df -Pk "$work" | { read -r _ && read -r _ _ _ left _ && echo "$left"; })
+    place=/run/kiln
+    [ "$2" -le 33554432 ] || place=/var/tmp
+    work=$place/$4
+    if ! receive "$2" | tar -x -p -f - -C "$place"; then
+        left=$(df -Pk "$place" | { read -r _ && read -r _ _ _ left _ && echo "$left"; })
         rm -rf "$work"
         answer fail "$1" "the step's files could not be unpacked in the guest, where $((left / 1024)) MiB were free"
         return
     fi
-    [ "$3" = sh ] && set -- "$1" "$2" sh -eu
-    [ "$3" = exec ] && set -- "$1" "$2"
     nonce=$1
-    shift 2
+    if [ "$3" = sh ]; then set -- sh -eu; else set --; fi
     (
+        unset nonce KILN_AGENT
         # Out of the agent's unit: if the kernel kills the step for memory, systemd must not stop the agent with it.
         echo 0 >"$group/cgroup.procs"
         echo 0 >/proc/self/oom_score_adj
         cd "$work" || exit 126
-        # shellcheck disable=SC2016 # expanded by the inner shell
-        exec env -i PATH="$PATH" HOME=/root USER=root LOGNAME=root SHELL=/bin/sh LANG=C.UTF-8 TERM=dumb \
-            DEBIAN_FRONTEND=noninteractive \
-            /bin/sh -c '. ./.kiln/env; exec "$@"' sh "$@" ./.kiln/step </dev/null >&4 2>&4 3>&- 4>&- 5<&-
+        export HOME=/root USER=root LOGNAME=root SHELL=/bin/sh LANG=C.UTF-8 TERM=dumb DEBIAN_FRONTEND=noninteractive
+        # shellcheck disable=SC1091 # kiln's
+        . ./.kiln/env
+        exec "$@" ./.kiln/step </dev/null >&4 2>&4 3>&- 4>&- 5<&-
     ) 2>/dev/null
     status=$?
-    rm -rf "$work"
     finish "$nonce" "$status"
+    rm -rf "$work"
 }
 
 known() { # passwd|group NAME
@@ -122,22 +124,32 @@ wake() { # NONCE EPOCH SEED
     fi
 }
 
+# Whether a process runs on files that were replaced meanwhile.
+outdated() { # PID
+    while read -r _ _ _ _ _ file; do
+        case $file in *'(deleted)') return 0 ;; esac
+    done <"/proc/$1/maps"
+    return 1
+}
+
 freeze() { # NONCE
     # This shell may run on a libc that a step replaced. The old one's file would stay on the disk without a name, and
     # a check of the filesystem would find it.
-    if [ "${2:-}" != fresh ] && grep -q '(deleted)' "/proc/$$/maps"; then exec /bin/sh "$0" freeze "$1"; fi
-    swapoff -a 2>/dev/null
+    if [ "${2:-}" != fresh ] && outdated $$; then exec /bin/sh "$0" freeze "$1"; fi
+    { read -r _ && read -r _; } </proc/swaps && swapoff -a
     sync
-    while read -r device place kind _; do
-        case $device in /dev/*) ;; *) continue ;; esac
-        [ "$place" != / ] || continue
+    # What was mounted last goes first.
+    places=''
+    while read -r device place _; do
+        case $device:$place in /dev/*:/) ;; /dev/*) places="$place $places" ;; esac
+    done </proc/mounts
+    for place in $places; do
+        # Blanks are escaped in /proc/mounts.
+        place=$(printf '%b' "$place")
         fstrim "$place" 2>/dev/null
-        umount "$place" || mount -o remount,ro "$place" || { answer fail "$1" "$place ($kind) stays in use"; return; }
-    done <<END
-$(sort -r /proc/mounts)
-END
+        umount "$place" || mount -o remount,ro "$place" || { answer fail "$1" "$place stays in use"; return; }
+    done
     fstrim / || echo "kiln: fstrim / failed" >&2
-    sync
     # Read-only is as clean as unmounted; what is still open for writing allows only a freeze, whose log is replayed at
     # the next mount.
     mount -o remount,ro / || fsfreeze -f / || { answer fail "$1" "the root filesystem could not be frozen"; return; }
@@ -146,6 +158,8 @@ END
     read -r _ <&3
 }
 
+# Steps get the environment that kiln gives them, and nothing of what started the agent.
+if [ -z "${KILN_AGENT-}" ]; then exec env -i PATH="$PATH" KILN_AGENT=1 /bin/sh "$0" "$@"; fi
 if [ "${1:-}" = freeze ]; then
     freeze "$2" fresh
     exit 0
@@ -158,7 +172,7 @@ mount -t tmpfs -o mode=0755,size=50% kiln /run/kiln
 # Steps have a cgroup of their own, so that what they leave behind can be ended. Mounted here, because the distribution
 # may have only version 1 at /sys/fs/cgroup (EL 8, Amazon Linux 2); kernels without version 2 have named hierarchies.
 mkdir -p "$cgroups"
-if mount -t cgroup2 kiln "$cgroups" || mount -t cgroup -o none,name=kiln kiln "$cgroups"; then mkdir -p "$group"; fi
+if mount -t cgroup2 kiln "$cgroups" || mount -t cgroup -o none,name=kiln kiln "$cgroups"; then mkdir -p "$group" "$cgroups/kiln.own"; fi
 # Booted by the disk's own boot loader: the rest of the boot, cloud-init included, must be over before steps begin.
 if [ -n "${1:-}" ] && command -v cloud-init >/dev/null; then
     timeout 300 cloud-init status --wait >/dev/null

@@ -21,6 +21,7 @@ pub struct Guest {
     machine: Machine,
     /// Whether its memory may be saved: it can draw new random numbers when it is restored.
     pub savable: bool,
+    folders: u32,
 }
 
 /// How far a booted disk came.
@@ -113,7 +114,7 @@ impl Guest {
         match answer {
             None => Ok(Reached::Login(machine)),
             Some(line) => match line.strip_prefix(READY) {
-                Some(facts) => Ok(Reached::Agent(Self { savable: facts.ends_with(" savable"), machine })),
+                Some(facts) => Ok(Reached::Agent(Self { savable: facts.ends_with(" savable"), folders: 0, machine })),
                 None => Err(Error::Protocol(line)),
             },
         }
@@ -124,7 +125,7 @@ impl Guest {
     /// # Errors
     /// When it doesn't answer, or can't.
     pub fn wake(machine: Machine, limit: Duration) -> Result<Self, Error> {
-        let mut guest = Self { machine, savable: true };
+        let mut guest = Self { machine, savable: true, folders: 0 };
         let (nonce, seed) = (random()?, random()?);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         guest.command(&format!("wake {nonce} {}.{:09} {seed}", now.as_secs(), now.subsec_nanos()))?;
@@ -157,8 +158,8 @@ impl Guest {
         self.machine.checkpoint(nodes, fresh, memory, folder)
     }
 
-    /// Runs the archive's `.kiln/step` in a fresh folder with the rest of the archive in it: by `sh -eu`, or by
-    /// itself if it has a shebang. `what` is named when it takes too long.
+    /// Runs `.kiln/step` of the archive, which is all in `folder`, there: by `sh -eu`, or by itself if it has a shebang.
+    /// `what` is named when it takes too long.
     ///
     /// # Errors
     /// When the guest fails; a step that fails is not an error here.
@@ -166,12 +167,19 @@ impl Guest {
         &mut self,
         what: &str,
         archive: Archive,
+        folder: &str,
         shebang: bool,
         sink: Box<dyn Sink>,
         limit: Duration,
     ) -> Result<Ended, Error> {
-        let rest = if shebang { "exec" } else { "sh" };
-        self.stream("run", what, archive, rest, sink, limit)
+        let rest = format!("{} {folder}", if shebang { "exec" } else { "sh" });
+        self.stream("run", what, archive, &rest, sink, limit)
+    }
+
+    /// The name of a folder that no archive had yet.
+    pub fn fresh_folder(&mut self) -> String {
+        self.folders += 1;
+        format!("step-{}-{}", std::process::id(), self.folders)
     }
 
     /// Unpacks the archive into `folder` of the guest (made if missing).

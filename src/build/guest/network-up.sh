@@ -20,7 +20,6 @@ if [ ! -d "$saved" ]; then
         cp -p /etc/resolv.conf "$saved/file"
     fi
 fi
-# shellcheck disable=SC2153
-echo "nameserver $KILN_NAME_SERVER" >"$saved/ours"
 rm -f /etc/resolv.conf
-cp "$saved/ours" /etc/resolv.conf
+# shellcheck disable=SC2153
+echo "nameserver $KILN_NAME_SERVER" >/etc/resolv.conf

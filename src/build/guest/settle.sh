@@ -1,11 +1,10 @@
 # Ends everything that could still write: services in order, as a shutdown would, then what steps left behind.
 # kiln's agent goes on, in a unit of its own.
 # Only what runs: stopping what has long exited would cost time and change nothing.
-list() { systemctl list-units --plain --no-legend --full "$@" 2>/dev/null; }
-units=$({ list --type=service --state=running,activating,reloading; list --type=socket,timer,path --state=active; } |
-    while read -r unit _; do
-        case $unit in
-            kernel-command-line.service | kiln-agent.service | init.scope) ;;
+units=$(systemctl list-units --plain --no-legend --full --type=service,socket,timer,path \
+    --state=active,activating,reloading 2>/dev/null | while read -r unit _ _ state _; do
+        case $unit:$state in
+            *:exited | *:dead | kernel-command-line.service:* | kiln-agent.service:*) ;;
             *) echo "$unit" ;;
         esac
     done)
@@ -14,12 +13,15 @@ units=$({ list --type=service --state=running,activating,reloading; list --type=
 
 # This script runs where steps do: out of there, so that who is left there was left behind.
 steps=/run/kiln/cgroup/kiln.step own=/run/kiln/cgroup/kiln.own
-if [ -e "$steps/cgroup.procs" ] && mkdir -p "$own" && echo $$ >"$own/cgroup.procs"; then
+left_behind() { # the first of them
+    read -r pid <"$steps/cgroup.procs"
+}
+if [ -e "$own/cgroup.procs" ] && echo $$ >"$own/cgroup.procs"; then
     signal=TERM
     tries=0
-    while left=$(cat "$steps/cgroup.procs") && [ -n "$left" ] && [ "$tries" -lt 100 ]; do
+    while left_behind && [ "$tries" -lt 100 ]; do
         [ "$tries" -lt 50 ] || signal=KILL
-        for pid in $left; do kill -s "$signal" "$pid" 2>/dev/null || true; done
+        while read -r pid; do kill -s "$signal" "$pid" 2>/dev/null || true; done <"$steps/cgroup.procs"
         tries=$((tries + 1))
         sleep 0.1
     done
@@ -28,4 +30,11 @@ else
 fi
 
 # A systemd that runs on replaced libraries would keep the old ones on the disk, unnamed.
-if grep -q '(deleted)' /proc/1/maps 2>/dev/null; then systemctl daemon-reexec || true; fi
+while read -r _ _ _ _ _ file; do
+    case $file in
+        *'(deleted)')
+            systemctl daemon-reexec || true
+            break
+            ;;
+    esac
+done </proc/1/maps
