@@ -135,7 +135,6 @@ pub struct Build {
     pub keep_on_error: bool,
     /// Take nothing from the cache; with a step's name or number, nothing from that step on
     #[arg(long, value_name = "STEP", num_args = 0..=1, require_equals = true)]
-    #[expect(clippy::option_option, reason = "absent, without a value, and with one are three things")]
     pub no_cache: Option<Option<String>>,
 }
 

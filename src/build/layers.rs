@@ -63,7 +63,7 @@ pub(super) struct Layers<'a> {
     /// The key of memory states of this machine.
     machine: String,
     /// Held so that nothing removes them: what is behind the guest's disk, the nearest last.
-    held: Vec<Box<Layer>>,
+    held: Vec<Layer>,
     /// The right to make the next layer.
     claim: Option<Claim>,
     /// How long the work since the last memory state took.
@@ -168,7 +168,7 @@ impl<'a> Layers<'a> {
             if with_memory { " with its memory" } else { "" },
             show_duration(saved.took)
         ));
-        self.held.push(kept);
+        self.held.push(*kept);
         if with_memory {
             self.since_memory = Duration::ZERO;
         }
@@ -195,20 +195,17 @@ pub fn outlook(plan: &Plan, store: &Store) -> Vec<Outlook> {
     let mut outlooks = Vec::new();
     for layer in &plan.layers {
         let made = |why: String| Outlook::Made(vec![why]);
-        let outlook = if !layer.cached {
-            made("it always runs, or follows a step that does".to_owned())
-        } else {
-            match store.layer(&layer.key) {
-                Lookup::Hit(_) => Outlook::Kept,
-                Lookup::Damaged(why) => made(format!("what was kept can't be used: {why}")),
-                Lookup::Miss if changed => made("it follows a step that is made anew".to_owned()),
-                Lookup::Miss => {
-                    let parent = layer.parts.get(PARENT).map(String::as_str);
-                    Outlook::Made(match store.children(parent, plan.base()).into_iter().next() {
-                        Some(last) => plan::differences(&last.parts, &layer.parts),
-                        None => vec!["nothing was kept in its place".to_owned()],
-                    })
-                }
+        let outlook = match store.layer(&layer.key) {
+            _ if !layer.cached => made("it always runs, or follows a step that does".to_owned()),
+            Lookup::Hit(_) => Outlook::Kept,
+            Lookup::Damaged(why) => made(format!("what was kept can't be used: {why}")),
+            Lookup::Miss if changed => made("it follows a step that is made anew".to_owned()),
+            Lookup::Miss => {
+                let parent = layer.parts.get(PARENT).map(String::as_str);
+                Outlook::Made(match store.children(parent, plan.base()).into_iter().next() {
+                    Some(last) => plan::differences(&last.parts, &layer.parts),
+                    None => vec!["nothing was kept in its place".to_owned()],
+                })
             }
         };
         changed |= outlook != Outlook::Kept;
@@ -218,17 +215,17 @@ pub fn outlook(plan: &Plan, store: &Store) -> Vec<Outlook> {
 }
 
 /// The layers that a layer consists of, itself last; none if it, or one of them, isn't there or isn't whole.
-fn chain(store: &Store, layer: &plan::Layer, session: &Session<'_>) -> Option<Vec<Box<Layer>>> {
+fn chain(store: &Store, layer: &plan::Layer, session: &Session<'_>) -> Option<Vec<Layer>> {
     if !layer.cached {
         return None;
     }
     let mut layers = Vec::new();
     let mut key = Some(layer.key.clone());
-    while let Some(next) = key {
+    while let Some(next) = key.take() {
         match store.layer(&next) {
             Lookup::Hit(layer) => {
-                key = layer.record().backing.clone();
-                layers.insert(0, layer);
+                key.clone_from(&layer.record().backing);
+                layers.insert(0, *layer);
             }
             Lookup::Miss => return None,
             Lookup::Damaged(why) => {

@@ -306,7 +306,7 @@ struct Job<'a> {
 impl Job<'_> {
     fn run(&self, mut session: Session<'_>, pending: &Pending) -> Result<Manifest, Error> {
         let events = session.events;
-        let machine = layers::machine_key(&session, &session.shape(&self.root)?);
+        let machine = layers::machine_key(&session, &session.shape(&self.root));
         let mut layers = Layers::new(self.store, &session, &self.base.sha256, machine);
         let start = layers.start(fresh_from(&self.request.fresh, session.plan)?, &session)?;
         let mut guest = self.begin(&mut session, &mut layers, &start)?;

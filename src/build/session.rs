@@ -118,12 +118,12 @@ impl Session<'_> {
     }
 
     /// The machine's arguments without names of files: see [`Spec::shape`].
-    pub(super) fn shape(&self, root: &str) -> Result<String, Error> {
+    pub(super) fn shape(&self, root: &str) -> String {
         let boot = match &self.plan.boot {
             BootPath::Direct => Boot::Direct { kernel: PathBuf::new(), initrd: None, command_line: command_line(root) },
             BootPath::Firmware { .. } => Boot::Bios,
         };
-        Ok(self.spec_with(boot, MemoryState::Savable).shape())
+        self.spec_with(boot, MemoryState::Savable).shape()
     }
 
     fn spec(&self, memory_state: MemoryState) -> Result<Spec, Error> {

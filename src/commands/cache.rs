@@ -58,7 +58,7 @@ fn gc(context: &Context<'_>, keep: Option<&str>, older: Option<&str>) -> Result<
     let wrong = |error| Error::new(Exit::Usage, format!("--keep: {error}"));
     let keep = keep.map(|text| text.parse::<Size>().map_err(wrong));
     let older: Option<Duration> = older.map(|text| duration("--older", text)).transpose()?;
-    let keep = keep.transpose()?.map(|size| size.bytes());
+    let keep = keep.transpose()?.map(Size::bytes);
     let limits = if keep.is_none() && older.is_none() { store.default_limits() } else { Limits { keep, older } };
     let removed = store.collect(limits)?;
     let bytes: u64 = removed.iter().map(|entry| entry.bytes).sum();

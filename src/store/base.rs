@@ -122,15 +122,15 @@ impl Store {
         let wants_sha512 = expected.is_some_and(|digest| digest.algorithm == Algorithm::Sha512);
         let unreadable =
             |error| Error::new(Exit::Input, format!("cannot read the base image `{}`: {error}", image.display()));
-        let digests = match self.known(file).filter(|known| !wants_sha512 || known.sha512.is_some()) {
-            Some(known) => known,
-            None => {
-                let before = Identity::of(file).map_err(unreadable)?;
-                let digests = hash(file, wants_sha512, cancel).map_err(unreadable)?;
-                cancel.check()?;
-                self.note(file, &before, &digests);
-                digests
-            }
+        let known = self.known(file).filter(|known| !wants_sha512 || known.sha512.is_some());
+        let digests = if let Some(known) = known {
+            known
+        } else {
+            let before = Identity::of(file).map_err(unreadable)?;
+            let digests = hash(file, wants_sha512, cancel).map_err(unreadable)?;
+            cancel.check()?;
+            self.note(file, &before, &digests);
+            digests
         };
         if let Some(expected) = expected {
             let found = digests.sha512.as_ref().filter(|_| wants_sha512).unwrap_or(&digests.sha256);
