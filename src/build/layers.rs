@@ -135,7 +135,12 @@ impl<'a> Layers<'a> {
     ) -> Result<(), Error> {
         self.since_memory += took;
         let layer = &self.plan.layers[index];
-        if !layer.cached || matches!(self.store.layer(&layer.key), Lookup::Hit(_)) {
+        if !layer.cached {
+            return Ok(());
+        }
+        // Looked up under its claim, as it is kept under it: a layer that others use is never replaced.
+        if matches!(self.store.layer(&layer.key), Lookup::Hit(_)) {
+            self.claim = self.claim_next(index + 1, session)?;
             return Ok(());
         }
         let with_memory = guest.savable && checkpoint.unwrap_or(self.since_memory >= WORTH);
