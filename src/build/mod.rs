@@ -122,12 +122,22 @@ pub fn build(request: &Request, store: &Store, events: &Events, cancel: &Cancel)
         Ok(manifest) => {
             let folder = pending.commit()?;
             store.know_disk(&folder.join(DISK), &manifest.digest);
-            for gone in store.collect(store.default_limits())? {
-                events.detail(format!("removed from the cache, which was full: {}", gone.name));
-            }
+            tidy(store, events);
             Ok(Artifact { folder, manifest })
         }
         Err(error) => Err(failure::keep(error, request, pending, &scratch)),
+    }
+}
+
+/// Keeps the store within its limits. The build is done: nothing of this fails it.
+fn tidy(store: &Store, events: &Events) {
+    match store.collect(store.default_limits()) {
+        Ok(removed) => {
+            for gone in removed {
+                events.detail(format!("removed from the cache, which was full: {}", gone.name));
+            }
+        }
+        Err(error) => events.warn(format!("the cache could not be tidied up: {}", error.message)),
     }
 }
 

@@ -5,9 +5,10 @@
 //! needed in between. While the stream is written the guest stands still, so it is written once and is consistent with
 //! the disk that was left behind.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -67,7 +68,9 @@ impl Machine {
 
     fn save(&mut self, path: &Path, folder: &Path) -> Result<u64, Error> {
         let (listener, socket) = listen(folder).map_err(Error::io("cannot make sockets"))?;
-        let file = File::create(path).map_err(Error::io("cannot write the guest's memory"))?;
+        // It may hold what nobody else shall read.
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+        let file = file.map_err(Error::io("cannot write the guest's memory"))?;
         let writer = std::thread::spawn(move || {
             let (stream, _) = listener.accept()?;
             compress(stream, file)
