@@ -169,10 +169,10 @@ exec 3<>"$ctl" 4>"$out" 5<"$in"
 echo -1000 >/proc/self/oom_score_adj
 mkdir -p /run/kiln
 mount -t tmpfs -o mode=0755,size=50% kiln /run/kiln
-# Steps have a cgroup of their own, so that what they leave behind can be ended. Mounted here, because the distribution
+# Steps have a cgroup of their own, apart from the unit of the agent. Mounted here, because the distribution
 # may have only version 1 at /sys/fs/cgroup (EL 8, Amazon Linux 2); kernels without version 2 have named hierarchies.
 mkdir -p "$cgroups"
-if mount -t cgroup2 kiln "$cgroups" || mount -t cgroup -o none,name=kiln kiln "$cgroups"; then mkdir -p "$group" "$cgroups/kiln.own"; fi
+if mount -t cgroup2 kiln "$cgroups" || mount -t cgroup -o none,name=kiln kiln "$cgroups"; then mkdir -p "$group"; fi
 # Booted by the disk's own boot loader: the rest of the boot, cloud-init included, must be over before steps begin.
 if [ -n "${1:-}" ] && command -v cloud-init >/dev/null; then
     timeout 300 cloud-init status --wait >/dev/null

@@ -11,23 +11,25 @@ units=$(systemctl list-units --plain --no-legend --full --type=service,socket,ti
 # shellcheck disable=SC2086 # unit names have no blanks
 [ -z "$units" ] || timeout 90 systemctl stop $units 2>/dev/null || true
 
-# This script runs where steps do: out of there, so that who is left there was left behind.
-steps=/run/kiln/cgroup/kiln.step own=/run/kiln/cgroup/kiln.own
-left_behind() { # the first of them
-    read -r pid <"$steps/cgroup.procs"
+# Whatever else still runs could write as well: what steps left behind, or a DHCP client whose service has long exited.
+others() { # SIGNAL: sends it to them; whether there were any
+    found=1
+    for process in /proc/[0-9]*; do
+        pid=${process#/proc/}
+        case $pid in 1 | "$$" | "$PPID") continue ;; esac
+        # Threads of the kernel have no command line.
+        words=''
+        read -r words <"$process/cmdline" || true
+        if [ -n "$words" ] && kill -s "$1" "$pid"; then found=0; fi
+    done 2>/dev/null
+    return "$found"
 }
-if [ -e "$own/cgroup.procs" ] && echo $$ >"$own/cgroup.procs"; then
-    signal=TERM
-    tries=0
-    while left_behind && [ "$tries" -lt 100 ]; do
-        [ "$tries" -lt 50 ] || signal=KILL
-        while read -r pid; do kill -s "$signal" "$pid" 2>/dev/null || true; done <"$steps/cgroup.procs"
-        tries=$((tries + 1))
-        sleep 0.1
-    done
-else
-    echo "kiln: this guest's kernel has no cgroups: what steps left behind can't be told from the rest, and goes on" >&2
-fi
+tries=0 signal=TERM
+while [ "$tries" -lt 100 ] && others "$signal"; do
+    [ "$tries" -lt 50 ] || signal=KILL
+    tries=$((tries + 1))
+    sleep 0.1
+done
 
 # A systemd that runs on replaced libraries would keep the old ones on the disk, unnamed.
 while read -r _ _ _ _ _ file; do
