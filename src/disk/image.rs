@@ -143,12 +143,19 @@ impl Image {
         self.reader.read_at(offset, buf).map_err(|source| Error::read(&self.path, offset, source))
     }
 
-    /// The first range of data that ends after `from`; see [`ReadAt::next_data`].
+    /// The first range of data that ends after `from`, up to a hole; see [`ReadAt::next_data`].
     ///
     /// # Errors
     /// [`Error::Read`].
     pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>, Error> {
-        self.next_data_before(from, self.size)
+        let Some(mut found) = self.next_data_before(from, self.size)? else { return Ok(None) };
+        // Pieces that follow on each other are one.
+        while let Some(next) = self.next_data_before(found.end, self.size)?
+            && next.start == found.end
+        {
+            found.end = next.end;
+        }
+        Ok(Some(found))
     }
 
     /// The first range of data that ends after `from` and begins before `until`; see [`ReadAt::next_data`].
