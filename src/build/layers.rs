@@ -76,18 +76,24 @@ impl<'a> Layers<'a> {
         Self { store, plan, base, recipe, machine, held: Vec::new(), claim: None, since_memory: Duration::ZERO }
     }
 
-    /// Finds where to begin, and holds what is behind it.
+    /// Finds where to begin, and holds what is behind it. The layer that comes next is claimed; if another kiln makes it,
+    /// that is waited for, and the build begins there.
     pub(super) fn start(&mut self, limit: usize, session: &Session<'_>) -> Result<Start, Error> {
         let mut start = self.look(limit, session);
-        if let Some(next) = self.plan.layers.get(start.done()).filter(|layer| layer.cached) {
-            self.claim = Some(self.store.claim(&next.key, session.events, session.cancel)?);
-            // While it was waited for, another kiln may have made it.
-            start = self.look(limit, session);
-            if self.plan.layers.get(start.done()).is_none_or(|layer| layer.key != next.key) {
-                self.claim = self.claim_next(start.done(), session)?;
+        loop {
+            self.claim = None;
+            self.claim = self.claim_next(start.done(), session)?;
+            let again = self.look(limit, session);
+            // Each turn begins deeper than the last; or, should a layer have been removed meanwhile, it ends here.
+            if again.done() <= start.done() {
+                if again.done() < start.done() {
+                    self.claim = None;
+                    self.claim = self.claim_next(again.done(), session)?;
+                }
+                return Ok(again);
             }
+            start = again;
         }
-        Ok(start)
     }
 
     fn claim_next(&self, index: usize, session: &Session<'_>) -> Result<Option<Claim>, Error> {
