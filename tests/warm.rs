@@ -69,6 +69,17 @@ fn a_changed_step_runs_again_with_all_that_follow() {
 }
 
 #[test]
+fn a_kept_steps_log_is_in_the_output_as_well() {
+    let bench = bench();
+    let prints = |text: &str| json!({ "step one": [["print", text]] });
+    built(&bench, bench.build(&prints("from the first build\n")));
+    recipe(&bench, ["a", "b", "changed"]);
+    assert_eq!(built(&bench, bench.build(&prints("never seen\n"))), ["wake", "step three"]);
+    assert_eq!(bench.read("out/web/steps/01-one.log"), "from the first build\n");
+    assert_eq!(bench.names("out/web/steps"), ["01-one.log", "02-two.log", "03-three.log"]);
+}
+
+#[test]
 fn nothing_changed_is_nothing_to_do() {
     let bench = bench();
     built(&bench, build(&bench));
@@ -147,13 +158,13 @@ fn damaged_layers_are_not_used() {
     let said = spoil(&|layer| cut(&layer.join("disk.qcow2")));
     assert!(said.contains("can't be used: disk.qcow2 was changed"), "{said}");
     assert_eq!(ran(&bench)[0], "boot");
-    let said = spoil(&|layer| std::fs::write(layer.join("layer.json"), "{ \"format\": 1").unwrap());
+    let said = spoil(&|layer| std::fs::write(layer.join("layer.json"), "{ \"format\": 2").unwrap());
     assert!(said.contains("can't be used: layer.json: "), "{said}");
     let said = spoil(&|layer| {
         let text = std::fs::read_to_string(layer.join("layer.json")).unwrap();
-        std::fs::write(layer.join("layer.json"), text.replace("\"format\":1", "\"format\":999")).unwrap();
+        std::fs::write(layer.join("layer.json"), text.replace("\"format\":2", "\"format\":999")).unwrap();
     });
-    assert!(said.contains("it has format 999, and this kiln writes 1"), "{said}");
+    assert!(said.contains("it has format 999, and this kiln writes 2"), "{said}");
     // Without a usable memory the layer's disk is booted.
     spoil(&|layer| {
         for file in std::fs::read_dir(layer).unwrap().map(|file| file.unwrap().path()) {

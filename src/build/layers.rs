@@ -54,6 +54,15 @@ impl Start {
     }
 }
 
+/// What is kept besides the disk.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Keep<'a> {
+    /// Whether the guest's memory is; none: where that saves more than it costs.
+    pub(super) memory: Option<bool>,
+    /// What the step printed.
+    pub(super) log: Option<&'a Path>,
+}
+
 /// The layers of one build.
 pub(super) struct Layers<'a> {
     store: &'a Store,
@@ -125,6 +134,14 @@ impl<'a> Layers<'a> {
         self.held.last().map(|layer| relative(&layer.record().key))
     }
 
+    /// Brings what a kept step printed to `log`; `false` if that is not known any more.
+    pub(super) fn bring_log(&self, index: usize, log: &Path) -> bool {
+        match self.store.layer(&self.plan.layers[index].key) {
+            Lookup::Hit(layer) => std::fs::copy(layer.log(), log).is_ok(),
+            Lookup::Miss | Lookup::Damaged(_) => false,
+        }
+    }
+
     /// Whether the guest of the layer where the build begins has its network.
     pub(super) fn network_up(&self) -> bool {
         self.held.last().is_some_and(|layer| layer.record().network_up)
@@ -135,7 +152,7 @@ impl<'a> Layers<'a> {
         &mut self,
         index: usize,
         took: Duration,
-        checkpoint: Option<bool>,
+        what: Keep<'_>,
         session: &mut Session<'_>,
         guest: &mut Guest,
     ) -> Result<(), Error> {
@@ -149,7 +166,7 @@ impl<'a> Layers<'a> {
             self.claim = self.claim_next(index + 1, session)?;
             return Ok(());
         }
-        let with_memory = guest.savable && checkpoint.unwrap_or(self.since_memory >= WORTH);
+        let with_memory = guest.savable && what.memory.unwrap_or(self.since_memory >= WORTH);
         let pending = Pending::begin(session.scratch)?;
         guest.sync(SYNC_LIMIT).map_err(guest_failure)?;
         let (old, fresh) = session.next_overlay();
@@ -171,6 +188,9 @@ impl<'a> Layers<'a> {
             seconds: took.as_secs_f64(),
             network_up: session.network_up,
         };
+        if let Some(log) = what.log {
+            std::fs::copy(log, pending.log()).map_err(|error| Error::io("cannot keep a step's log", &error))?;
+        }
         let machines: Vec<_> = memory.iter().map(|_| self.machine.clone()).collect();
         let kept = pending.commit(self.store, record, &machines)?;
         session.events.detail(format!(

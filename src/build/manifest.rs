@@ -101,7 +101,7 @@ pub struct StepFacts {
     pub seconds: f64,
     /// Whether it came from the cache.
     pub cached: bool,
-    /// Its log, relative to the output folder.
+    /// Its log, relative to the output folder; empty if it came from the cache and its log is gone.
     pub log: String,
 }
 

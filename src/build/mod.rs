@@ -36,7 +36,7 @@ pub(crate) use failure::{disk_failure, guest_failure};
 use finished::{artifact_key, finished};
 use inputs::Inputs;
 pub use layers::{Fresh, Outlook, outlook};
-use layers::{Layers, Start};
+use layers::{Keep, Layers, Start};
 use manifest::{DISK, GuestFacts, Manifest, PublishFacts, SCHEMA, StepFacts, TestFacts};
 use output::Pending;
 use record::Recorder;
@@ -322,7 +322,7 @@ impl Job<'_> {
         let mut guest = self.begin(&mut session, &mut layers, &start)?;
         session.give_network(&mut guest)?;
 
-        let mut done = self.cached_steps(&session, start.done());
+        let mut done = self.cached_steps(&session, &layers, start.done(), pending);
         let given = self.request.source_date_epoch;
         let epoch = Epoch { seconds: given.unwrap_or_else(now), given: given.is_some() };
         for index in done.len()..session.recipe.steps.len() {
@@ -338,8 +338,10 @@ impl Job<'_> {
                 guest = Self::reboot(&mut session, guest)?;
                 session.give_network(&mut guest)?;
             }
-            let checkpoint = session.recipe.steps[index].checkpoint;
-            layers.keep(index + 1, started.elapsed(), checkpoint, &mut session, &mut guest)?;
+            let step = &session.recipe.steps[index];
+            let log = pending.path().join(steps::log_name(index, step));
+            let keep = Keep { memory: step.checkpoint, log: Some(&log) };
+            layers.keep(index + 1, started.elapsed(), keep, &mut session, &mut guest)?;
         }
         let packages = events.phase("seal", "sealing the disk", |_| String::new(), || seal(&mut session, guest))?;
         let exported = Self::export(&session, pending)?;
@@ -381,21 +383,29 @@ impl Job<'_> {
             session.own(&mut guest, "the larger root filesystem", session::GROW, &BTreeMap::new())?;
         }
         // Nothing is worth keeping more than a boot.
-        layers.keep(0, started.elapsed(), Some(true), session, &mut guest)?;
+        layers.keep(0, started.elapsed(), Keep { memory: Some(true), log: None }, session, &mut guest)?;
         Ok(guest)
     }
 
     /// What is known of the steps that need not run.
-    fn cached_steps(&self, session: &Session<'_>, layers: usize) -> Vec<StepFacts> {
-        let steps = session.recipe.steps.iter().zip(self.inputs).take(layers.saturating_sub(1));
+    fn cached_steps(
+        &self,
+        session: &Session<'_>,
+        layers: &Layers<'_>,
+        done: usize,
+        pending: &Pending,
+    ) -> Vec<StepFacts> {
+        let steps = session.recipe.steps.iter().zip(self.inputs).take(done.saturating_sub(1));
         let facts = |(index, (step, inputs)): (usize, (&recipe::Step, &Inputs))| {
             session.events.emit(Event::StepCached { index: index + 1, name: step.name.clone() });
+            let log = steps::log_name(index, step);
+            let known = layers.bring_log(index + 1, &pending.path().join(&log));
             StepFacts {
                 name: step.name.clone(),
                 sha256: crate::plan::digest(&inputs.parts),
                 seconds: 0.0,
                 cached: true,
-                log: String::new(),
+                log: if known { log } else { String::new() },
             }
         };
         steps.enumerate().map(facts).collect()

@@ -42,7 +42,7 @@ pub(super) fn run(
     let step = &recipe.steps[index];
     let (number, total) = (index + 1, recipe.steps.len());
     session.events.emit(Event::StepStarted { index: number, total, name: step.name.clone() });
-    let log = format!("steps/{number:02}-{}.log", slug(&step.name));
+    let log = log_name(index, step);
     let started = Instant::now();
     let io_failed = |error: std::io::Error| Error::io("cannot write the step's log", &error);
     let (sink, seen) = StepLog::open(&pending.path().join(&log), Some(session.events.clone())).map_err(io_failed)?;
@@ -201,6 +201,11 @@ fn timed_out(step: &Step, limit: Duration, seen: &Seen) -> Error {
         Some(line) => error.with_note(format!("last output: {line}")),
         None => error.with_note("it printed nothing"),
     }
+}
+
+/// Where the log of step `index` (from 0) is in the output folder.
+pub(super) fn log_name(index: usize, step: &Step) -> String {
+    format!("steps/{:02}-{}.log", index + 1, slug(&step.name))
 }
 
 /// A name as part of a file's name.

@@ -4,6 +4,7 @@
 //! layers/KEY/layer.json   what it is, and what its files must be
 //! layers/KEY/disk.qcow2   an overlay over its parent's disk, or over the base
 //! layers/KEY/memory.MACHINE.zst   the running guest, for machines with this key (not every layer has one)
+//! layers/KEY/step.log     what the step printed (the booted base has none)
 //! layers/KEY/used         its mtime is when the layer was last used
 //! ```
 
@@ -22,7 +23,8 @@ use crate::error::{Error, Exit};
 use crate::event::Events;
 
 /// The version of this format. Layers of another are misses.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
+const LOG: &str = "step.log";
 pub(super) const RECORD: &str = "layer.json";
 /// The name of a layer's disk in its folder.
 pub const DISK: &str = "disk.qcow2";
@@ -113,6 +115,12 @@ impl Layer {
     #[must_use]
     pub fn disk(&self) -> PathBuf {
         self.folder.join(DISK)
+    }
+
+    /// What the step printed.
+    #[must_use]
+    pub fn log(&self) -> PathBuf {
+        self.folder.join(LOG)
     }
 
     /// The guest's memory for a machine, if it is there and whole.
@@ -224,6 +232,12 @@ impl Pending {
     #[must_use]
     pub fn disk(&self) -> PathBuf {
         self.folder.path().join(DISK)
+    }
+
+    /// Where what the step printed goes.
+    #[must_use]
+    pub fn log(&self) -> PathBuf {
+        self.folder.path().join(LOG)
     }
 
     /// Where the memory of a machine goes.

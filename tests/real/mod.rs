@@ -16,10 +16,10 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-/// A folder for one test; the cache with the unpacked bases and booted guests is shared, unless it is the test's subject.
+/// A folder for one test, its cache included: what another test kept, or an earlier run, must not stand in for what this
+/// one is to see.
 pub(super) struct Bench {
     folder: tempfile::TempDir,
-    cache: PathBuf,
 }
 
 fn root() -> &'static Path {
@@ -39,20 +39,14 @@ impl Bench {
     pub(super) fn new() -> Self {
         // Gigabytes: not in a /tmp that may be memory.
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        Self { folder, cache: Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache") }
-    }
-
-    /// With nothing in its cache.
-    pub(super) fn own_cache() -> Self {
-        let bench = Self::new();
-        Self { cache: bench.path("cache"), ..bench }
+        Self { folder }
     }
 
     /// In a place that every user may enter.
     pub(super) fn outside() -> Self {
         let folder = tempfile::tempdir_in("/var/tmp").unwrap();
         std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-        Self { cache: folder.path().join("cache"), folder }
+        Self { folder }
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {
@@ -68,7 +62,7 @@ impl Bench {
     pub(super) fn kiln(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kiln"));
         command.current_dir(self.folder.path());
-        command.env("KILN_CACHE_DIR", &self.cache);
+        command.env("KILN_CACHE_DIR", self.path("cache"));
         command
     }
 

@@ -38,7 +38,7 @@ fn tree(bench: &Bench) -> String {
 /// Cold, and taken up after the boot or after the last step but one: the same files.
 #[test]
 fn a_resumed_build_gives_the_same_files() {
-    let bench = Bench::own_cache();
+    let bench = Bench::new();
     recipe(&bench, "bookworm", "echo done > /srv/a/last");
     bench.ok(&["build", "warm.toml"]);
     let cold = tree(&bench);
@@ -58,7 +58,7 @@ fn a_resumed_build_gives_the_same_files() {
 /// Time goes on, names resolve, and no two restores draw the same random numbers.
 #[track_caller]
 fn is_awake(suite: &str) {
-    let bench = Bench::own_cache();
+    let bench = Bench::new();
     recipe(
         &bench,
         suite,
