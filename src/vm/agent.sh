@@ -27,7 +27,9 @@ find_port() {
     tries=0
     while [ "$tries" -lt 600 ]; do
         for entry in /sys/class/virtio-ports/*; do
-            if [ "$(cat "$entry/name" 2>/dev/null)" = "$1" ] && [ -c "/dev/${entry##*/}" ]; then
+            name=
+            [ ! -r "$entry/name" ] || read -r name <"$entry/name"
+            if [ "$name" = "$1" ] && [ -c "/dev/${entry##*/}" ]; then
                 echo "/dev/${entry##*/}"
                 return 0
             fi
@@ -110,7 +112,7 @@ put() { # NONCE BYTES USER GROUP DIR/
 # by an ioctl (RNDRESEEDCRNG, linux/random.h), for which sh needs help.
 reseeds_itself() { [ -d /sys/bus/acpi/drivers/vmgenid ]; }
 reseed() {
-    perl -e 'open(my $pool, "<", "/dev/urandom") && ioctl($pool, 0x5207, 0) || exit 1' 2>/dev/null ||
+    perl -e 'open(POOL, "<", "/dev/urandom") && ioctl(POOL, 0x5207, 0) || exit 1' 2>/dev/null ||
         python3 -c 'import fcntl; fcntl.ioctl(open("/dev/urandom"), 0x5207)' 2>/dev/null
 }
 
@@ -177,9 +179,9 @@ if mount -t cgroup2 kiln "$cgroups" || mount -t cgroup -o none,name=kiln kiln "$
 if [ -n "${1:-}" ] && command -v cloud-init >/dev/null; then
     timeout 300 cloud-init status --wait >/dev/null
 fi
-# Package timers would take the package manager's lock away from steps. In /run: gone with this boot. An instance
-# is looked at as it is.
-if [ "${1:-}" != instance ]; then
+# Package timers would take the package manager's lock away from steps; after direct boot the kernel's command line has
+# masked them. In /run: gone with this boot. An instance is looked at as it is.
+if [ "${1:-}" = firmware ]; then
     systemctl mask --runtime --now --quiet apt-daily.timer apt-daily-upgrade.timer dnf-makecache.timer \
         unattended-upgrades.service 2>/dev/null
 fi

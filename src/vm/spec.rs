@@ -212,8 +212,9 @@ impl Spec {
             }
             Accelerator::Tcg => {
                 arguments.pair("-accel", "tcg,thread=multi");
-                // Distributions of the EL9 family need x86-64-v2, which QEMU's default processor lacks.
-                arguments.pair("-cpu", "max");
+                // Distributions of the EL9 family need x86-64-v2, which QEMU's default processor lacks. Without what
+                // would only cost time here: a module for guests of the guest, and a fifth level of page tables.
+                arguments.pair("-cpu", "max,svm=off,la57=off");
             }
         }
         arguments.pair("-smp", self.cpus.to_string());
