@@ -303,9 +303,9 @@ pub(crate) fn uefi(host: &Host, folder: &Path) -> Result<Boot, Error> {
 /// so do the kernel's tests of its ciphers. The masked units would take the package manager's lock away from steps
 /// (systemd-debug-generator(8); masking them later would cost a second).
 fn command_line(root: &str) -> String {
-    let masked: String = MASKED_UNITS.iter().map(|unit| format!(" systemd.mask={unit}")).collect();
+    let masked = MASKED_UNITS.map(|unit| format!("systemd.mask={unit}")).join(" ");
     format!(
-        "root={root} rw console=ttyS0 quiet panic=-1 apparmor=0 cryptomgr.notests cloud-init=disabled{masked} \
+        "root={root} rw console=ttyS0 quiet panic=-1 apparmor=0 cryptomgr.notests cloud-init=disabled {masked} \
          systemd.run=\"/bin/sh /dev/disk/by-id/virtio-kiln-agent\""
     )
 }
