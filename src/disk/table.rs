@@ -231,7 +231,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(cases(8))]
+        #![proptest_config(cases(4))]
         /// Damage is an error or a reason, never a panic, an endless loop or a huge allocation.
         #[test]
         fn no_damage_panics(

@@ -24,7 +24,7 @@ use crate::cancel::{Cancel, Subscription};
 use crate::exec;
 
 /// Something that happened to the machine.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum Signal {
     /// A line from the agent.
     Answer(String),
@@ -182,15 +182,15 @@ impl Machine {
         let mut early = Vec::new();
         let answer = self.wait_for("QEMU's answer", Duration::from_secs(30), |signal| match signal {
             Signal::Monitor(value) => Some(value.clone()),
-            Signal::Answer(line) => {
-                early.push(line.clone());
+            Signal::Answer(_) | Signal::Seen | Signal::Event(_) => {
+                early.push(signal.clone());
                 None
             }
             _ => None,
         });
-        // What the agent said meanwhile is for whoever waits for it next.
-        for line in early {
-            let _ = self.sender.send(Signal::Answer(line));
+        // What was said meanwhile is for whoever waits for it next.
+        for signal in early {
+            let _ = self.sender.send(signal);
         }
         let answer = answer?;
         match answer.get("error") {

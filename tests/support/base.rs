@@ -26,7 +26,9 @@ pub(crate) fn write_base(path: &Path, base: Base) {
     if matches!(base, Base::Mbr | Base::Firmware) {
         tool(Command::new("sfdisk").arg("-q").arg(path), "label: dos\n,,83,*\n");
     } else {
-        tool(Command::new("sgdisk").args(["-n1:2048:0", "-t1:8304"]).arg(path), "");
+        // The type says: the root of an x86-64 system.
+        let root = "label: gpt\n2048,,4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709\n";
+        tool(Command::new("sfdisk").arg("-q").arg(path), root);
     }
     let tree = tempfile::tempdir().unwrap();
     let write = |name: &str, content: &[u8]| {
