@@ -152,6 +152,23 @@ pub enum Cache {
         #[arg(long, value_name = "TIME")]
         older: Option<String>,
     },
+    /// Write what these recipes need to one file: for CI, which keeps it between runs
+    Export {
+        /// The recipes
+        #[arg(required = true)]
+        recipes: Vec<PathBuf>,
+        /// The file
+        #[arg(short, long, value_name = "FILE")]
+        out: PathBuf,
+        /// Set a key of the recipes, e.g. disk.size=8GiB
+        #[arg(long, value_name = "KEY=VALUE")]
+        set: Vec<String>,
+    },
+    /// Take what is in such a file
+    Import {
+        /// The file
+        file: PathBuf,
+    },
 }
 
 /// `kiln run`.

@@ -9,8 +9,8 @@
 //! [`plan::Plan::new`] decides with them what will be done. The build then makes a qcow2 overlay over the base in the
 //! [`store`], grown to the recipe's size by rewriting the partition table in it, and starts a guest on it. The agent in
 //! the guest runs the steps. The seal takes away what instances must not share, the guest freezes its filesystems, and
-//! [`disk::export`] writes the raw disk and its block map in one pass. The output folder appears under its name when it
-//! is whole.
+//! the raw disk and its block map are finished: what was behind the guest's overlays was written and hashed while it
+//! worked ([`disk::Draft`]). The output folder appears under its name when it is whole.
 //!
 //! # The modules
 //! | module | holds |
@@ -53,8 +53,9 @@
 //! answers have a port of their own, and output has one; a mark with the command's nonce ends a step's output, so that
 //! a daemon which keeps the port open holds nothing up.
 //!
-//! The guest does not shut down at the end of a build. Its services are stopped, then its filesystems are unmounted or
-//! frozen, which leaves them clean, and QEMU is told to quit.
+//! The guest does not shut down at the end of a build. What steps started is stopped, then its filesystems are unmounted
+//! or made read-only, which leaves them clean, and QEMU is told to quit. Daemons of the boot that write nothing to the disk
+//! (`build/guest/settle.sh` names them) go on until then.
 //!
 //! # Layers
 //! After the boot of the base and after each step the build leaves a *layer* in the [`store`]: the overlay that the guest
@@ -67,6 +68,7 @@
 //! - A guest that is taken up has its clock set and draws new random numbers before anything else runs in it; one that
 //!   can't is never kept.
 //! - A layer is whole or not there. One whose files are not what its record says is a miss with a warning.
+//! - A layer is never replaced: made again it gets a folder of its own, and what was built on the first stays on that.
 //! - Whoever makes a layer holds its claim; others wait for it, and then use it. What is in use is never removed.
 //!
 //! # The network

@@ -103,6 +103,13 @@ fn the_cache_can_be_left_aside() {
     assert_eq!(built(&bench, build(&bench).arg("--no-cache")), all);
     assert_eq!(built(&bench, build(&bench).arg("--no-cache=two")), ["wake", "step two", "step three"]);
     assert_eq!(built(&bench, build(&bench).arg("--no-cache=3")), ["wake", "step three"]);
+    // What was made anew has taken the place of what was kept.
+    let prints = |text: &str| json!({ "step two": [["print", text]] });
+    built(&bench, bench.build(&prints("anew\n")).arg("--no-cache=two"));
+    std::fs::remove_dir_all(bench.path("out")).unwrap();
+    assert_eq!(built(&bench, build(&bench)), ["wake"]);
+    assert_eq!(bench.read("out/web/steps/02-two.log"), "anew\n");
+    assert_eq!(bench.names("cache/layers").len(), 4, "and nothing of the old ones is left");
     let said = build(&bench).arg("--no-cache=four").run().failed(2);
     insta::assert_snapshot!(said, @r#"
     error: --no-cache: the recipe has no step `four`
@@ -158,13 +165,13 @@ fn damaged_layers_are_not_used() {
     let said = spoil(&|layer| cut(&layer.join("disk.qcow2")));
     assert!(said.contains("can't be used: disk.qcow2 was changed"), "{said}");
     assert_eq!(ran(&bench)[0], "boot");
-    let said = spoil(&|layer| std::fs::write(layer.join("layer.json"), "{ \"format\": 2").unwrap());
+    let said = spoil(&|layer| std::fs::write(layer.join("layer.json"), "{ \"format\": 3").unwrap());
     assert!(said.contains("can't be used: layer.json: "), "{said}");
     let said = spoil(&|layer| {
         let text = std::fs::read_to_string(layer.join("layer.json")).unwrap();
-        std::fs::write(layer.join("layer.json"), text.replace("\"format\":2", "\"format\":999")).unwrap();
+        std::fs::write(layer.join("layer.json"), text.replace("\"format\":3", "\"format\":999")).unwrap();
     });
-    assert!(said.contains("it has format 999, and this kiln writes 2"), "{said}");
+    assert!(said.contains("it has format 999, and this kiln writes 3"), "{said}");
     // Without a usable memory the layer's disk is booted.
     spoil(&|layer| {
         for file in std::fs::read_dir(layer).unwrap().map(|file| file.unwrap().path()) {
@@ -195,7 +202,14 @@ fn another_machine_boots_the_layers_disk() {
     let bench = bench();
     built(&bench, build(&bench));
     recipe(&bench, ["a", "b", "changed"]);
-    assert_eq!(built(&bench, build(&bench).arg("--set").arg("machine.cpus=4")), ["boot", "step three"]);
+    let other = |bench: &Bench| build(bench).arg("--set").arg("machine.cpus=4");
+    assert_eq!(built(&bench, other(&bench)), ["boot", "step three"]);
+    recipe(&bench, ["a", "b", "changed again"]);
+    assert_eq!(built(&bench, other(&bench)), ["boot", "step three"], "a step before has no memory of this machine");
+    recipe(&bench, ["a", "changed", "c"]);
+    built(&bench, other(&bench));
+    recipe(&bench, ["a", "changed", "changed"]);
+    assert_eq!(built(&bench, other(&bench)), ["wake", "step three"]);
 }
 
 /// Killed at any moment: what is in the store afterwards is whole, and the next build goes on from there.
@@ -319,4 +333,58 @@ fn the_cache_is_listed_and_bounded() {
     assert!(gc(&["--keep", "0B"]).starts_with("removed 5 entries, "));
     assert_eq!(list(), json!([]));
     assert_eq!(built(&bench, build(&bench).arg("--no-cache")), ["boot", "step one", "step two", "step three"]);
+}
+
+/// CI keeps one file between runs, and its next machine goes on from it.
+#[test]
+fn the_cache_goes_to_another_machine_as_one_file() {
+    let bench = bench();
+    let prints = json!({ "step one": [["print", "one says hello\n"]] });
+    built(&bench, bench.build(&prints));
+    let exported = bench.kiln(["cache", "export", "web.toml", "-o", "kept.kiln"]).run().succeeded();
+    assert!(exported.starts_with("kept.kiln: 1 bases, 4 layers, "), "{exported}");
+    let elsewhere = |arguments: &[&str]| bench.kiln(arguments).env("KILN_CACHE_DIR", bench.path("elsewhere"));
+    let imported = elsewhere(&["cache", "import", "kept.kiln"]).run().succeeded();
+    assert_eq!(imported, "1 bases, 4 layers, 0 of them known already\n");
+    let imported = elsewhere(&["cache", "import", "kept.kiln"]).run().succeeded();
+    assert_eq!(imported, "1 bases, 4 layers, 5 of them known already\n");
+
+    let digest = |bench: &Bench| {
+        let manifest: Value = serde_json::from_str(&bench.read("out/web/manifest.json")).unwrap();
+        manifest["digest"].clone()
+    };
+    let here = digest(&bench);
+    std::fs::remove_dir_all(bench.path("out")).unwrap();
+    let build = || build(&bench).env("KILN_CACHE_DIR", bench.path("elsewhere"));
+    assert_eq!(built(&bench, build()), ["wake"], "from the memory after the last step");
+    assert_eq!(digest(&bench), here);
+    assert_eq!(bench.read("out/web/steps/01-one.log"), "one says hello\n");
+    // Only what these recipes need: a recipe without steps needs only the base.
+    bench.recipe("");
+    let exported = bench.kiln(["cache", "export", "web.toml", "-o", "kept.kiln"]).run().succeeded();
+    assert!(exported.starts_with("kept.kiln: 1 bases, 1 layers, "), "{exported}");
+}
+
+#[test]
+fn a_cache_file_that_is_none_or_damaged() {
+    let bench = bench();
+    built(&bench, build(&bench));
+    bench.kiln(["cache", "export", "web.toml", "-o", "kept.kiln"]).run().succeeded();
+    let whole = std::fs::read(bench.path("kept.kiln")).unwrap();
+    let import = |bytes: &[u8]| {
+        bench.write("bad.kiln", bytes);
+        let fresh = bench.path("fresh");
+        let ran = bench.kiln(["cache", "import", "bad.kiln"]).env("KILN_CACHE_DIR", &fresh).run();
+        assert!(bench.names("fresh/bases").is_empty() && bench.names("fresh/layers").is_empty());
+        ran.failed(3)
+    };
+    assert!(import(&whole[..whole.len() / 2]).starts_with("error: `bad.kiln` can't be taken into the cache: "));
+    let mut flipped = whole.clone();
+    flipped[whole.len() / 2] ^= 1;
+    assert!(import(&flipped).starts_with("error: `bad.kiln` can't be taken into the cache: "));
+    assert!(import(b"hello").starts_with("error: `bad.kiln` can't be taken into the cache: "));
+    let said = bench.kiln(["cache", "import", "missing.kiln"]).run().failed(3);
+    assert!(said.starts_with("error: cannot read `missing.kiln`: "), "{said}");
+    let said = bench.kiln(["cache", "export", "web.toml", "-o", "no/such/folder"]).run().failed(4);
+    assert!(said.starts_with("error: cannot write `no/such/folder`: "), "{said}");
 }

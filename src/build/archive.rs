@@ -108,7 +108,7 @@ impl Copy<'_> {
 }
 
 /// Lines that a POSIX shell reads as exports of exactly these values.
-fn environment(env: &BTreeMap<String, String>) -> String {
+pub(super) fn environment(env: &BTreeMap<String, String>) -> String {
     env.iter().fold(String::new(), |mut lines, (key, value)| {
         let _ = writeln!(lines, "export {key}='{}'", value.replace('\'', r"'\''"));
         lines

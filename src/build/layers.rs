@@ -77,17 +77,30 @@ pub(super) struct Layers<'a> {
     claim: Option<Claim>,
     /// How long the work since the last memory state took.
     since_memory: Duration,
+    /// How many layers may be taken from the store; the others are made anew.
+    limit: usize,
 }
 
 impl<'a> Layers<'a> {
     pub(super) fn new(store: &'a Store, session: &Session<'a>, base: &'a str, machine: String) -> Self {
         let (plan, recipe) = (session.plan, session.recipe.name.as_str());
-        Self { store, plan, base, recipe, machine, held: Vec::new(), claim: None, since_memory: Duration::ZERO }
+        Self {
+            store,
+            plan,
+            base,
+            recipe,
+            machine,
+            held: Vec::new(),
+            claim: None,
+            since_memory: Duration::ZERO,
+            limit: 0,
+        }
     }
 
     /// Finds where to begin, and holds what is behind it. The layer that comes next is claimed; if another kiln makes it,
     /// that is waited for, and the build begins there.
     pub(super) fn start(&mut self, limit: usize, session: &Session<'_>) -> Result<Start, Error> {
+        self.limit = limit;
         let mut start = self.look(limit, session);
         loop {
             self.claim = None;
@@ -131,7 +144,12 @@ impl<'a> Layers<'a> {
 
     /// The disk that a new overlay goes over, as the overlay names it.
     pub(super) fn behind(&self) -> Option<PathBuf> {
-        self.held.last().map(|layer| relative(&layer.record().key))
+        self.held.last().map(|layer| relative(&layer.id()))
+    }
+
+    /// That disk, where it is.
+    pub(super) fn behind_disk(&self) -> Option<PathBuf> {
+        self.held.last().map(Layer::disk)
     }
 
     /// Brings what a kept step printed to `log`; `false` if that is not known any more.
@@ -161,33 +179,25 @@ impl<'a> Layers<'a> {
         if !layer.cached {
             return Ok(());
         }
-        // Looked up under its claim, as it is kept under it: a layer that others use is never replaced.
-        if matches!(self.store.layer(&layer.key), Lookup::Hit(_)) {
+        let with_memory = guest.savable && what.memory.unwrap_or(self.since_memory >= WORTH);
+        // One whose disk was booted, because its memory is another machine's, is kept again with this one's.
+        if index < self.limit
+            && let Lookup::Hit(kept) = self.store.layer(&layer.key)
+            && (!with_memory || kept.memory(&self.machine).is_some())
+        {
             self.claim = self.claim_next(index + 1, session)?;
             return Ok(());
         }
-        let with_memory = guest.savable && what.memory.unwrap_or(self.since_memory >= WORTH);
-        let pending = Pending::begin(session.scratch)?;
+        let pending = Pending::begin(session.scratch, &layer.key)?;
         guest.sync(SYNC_LIMIT).map_err(guest_failure)?;
         let (old, fresh) = session.next_overlay();
-        Overlay::create(&fresh, self.plan.disk_size.bytes(), Backing::Overlay(&relative(&layer.key)), &[])
+        Overlay::create(&fresh, self.plan.disk_size.bytes(), Backing::Overlay(&relative(pending.id())), &[])
             .map_err(disk_failure)?;
         let memory = with_memory.then(|| pending.memory(&self.machine));
         let saved =
             guest.checkpoint(session.nodes(), &fresh, memory.as_deref(), session.scratch).map_err(guest_failure)?;
         std::fs::rename(&old, pending.disk()).map_err(|error| Error::io("cannot keep a layer", &error))?;
-        let record = Record {
-            format: 0,
-            key: layer.key.clone(),
-            parent: layer.parts.get(PARENT).cloned(),
-            backing: self.held.last().map(|layer| layer.record().key.clone()),
-            base: self.base.to_owned(),
-            name: layer.name.clone(),
-            recipe: self.recipe.to_owned(),
-            parts: layer.parts.clone(),
-            seconds: took.as_secs_f64(),
-            network_up: session.network_up,
-        };
+        let record = self.record(layer, took, session.network_up);
         if let Some(log) = what.log {
             std::fs::copy(log, pending.log()).map_err(|error| Error::io("cannot keep a step's log", &error))?;
         }
@@ -206,6 +216,21 @@ impl<'a> Layers<'a> {
         // The next one is claimed before this one can be found, so that nobody comes in between.
         self.claim = self.claim_next(index + 1, session)?;
         Ok(())
+    }
+
+    fn record(&self, layer: &plan::Layer, took: Duration, network_up: bool) -> Record {
+        Record {
+            format: 0,
+            key: layer.key.clone(),
+            parent: layer.parts.get(PARENT).cloned(),
+            backing: self.held.last().map(Layer::id),
+            base: self.base.to_owned(),
+            name: layer.name.clone(),
+            recipe: self.recipe.to_owned(),
+            parts: layer.parts.clone(),
+            seconds: took.as_secs_f64(),
+            network_up,
+        }
     }
 }
 
@@ -251,11 +276,11 @@ fn chain(store: &Store, layer: &plan::Layer, session: &Session<'_>) -> Option<Ve
         return None;
     }
     let mut layers = Vec::new();
-    let mut key = Some(layer.key.clone());
-    while let Some(next) = key.take() {
-        match store.layer(&next) {
+    let mut next = Some(store.layer(&layer.key));
+    while let Some(found) = next.take() {
+        match found {
             Lookup::Hit(layer) => {
-                key.clone_from(&layer.record().backing);
+                next = layer.record().backing.as_deref().map(|id| store.layer_in(id));
                 layers.insert(0, *layer);
             }
             Lookup::Miss => return None,
@@ -269,8 +294,8 @@ fn chain(store: &Store, layer: &plan::Layer, session: &Session<'_>) -> Option<Ve
 }
 
 /// A layer's disk, as seen from a scratch folder and from another layer.
-fn relative(key: &str) -> PathBuf {
-    Path::new("../../layers").join(key).join(crate::store::LAYER_DISK)
+fn relative(id: &str) -> PathBuf {
+    Path::new("../../layers").join(id).join(crate::store::LAYER_DISK)
 }
 
 /// What memory states of a machine are kept under: everything that must be alike for QEMU to take one.

@@ -1,6 +1,7 @@
 //! A recipe becomes an output folder. [`build`] is the story, top to bottom.
 
 mod archive;
+mod export;
 mod failure;
 mod finished;
 mod inputs;
@@ -20,7 +21,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use sha2::{Digest as _, Sha256};
 
 use crate::cancel::Cancel;
-use crate::disk::{self, BLOCK, Backing, Image, Overlay, Table, Work};
+use crate::disk::{self, BLOCK, Backing, Image, Overlay, Table};
 use crate::error::{Error, Exit};
 use crate::event::{Event, Events};
 use crate::plan::{BootPath, Facts, Plan};
@@ -32,6 +33,7 @@ use crate::vm::accelerator::{self, Kvm, Wanted};
 use crate::vm::guest::Guest;
 use crate::vm::host::Host;
 use crate::vm::spec::Accelerator;
+use export::{Early, Export};
 pub(crate) use failure::{disk_failure, guest_failure};
 use finished::{artifact_key, finished};
 use inputs::Inputs;
@@ -319,6 +321,11 @@ impl Job<'_> {
         let machine = layers::machine_key(&session, &session.shape(&self.root));
         let mut layers = Layers::new(self.store, &session, &self.base.sha256, machine);
         let start = layers.start(fresh_from(&self.request.fresh, session.plan)?, &session)?;
+        let (behind, overlay) = match layers.behind_disk() {
+            Some(disk) => (disk, true),
+            None => (self.base.disk.clone(), false),
+        };
+        let early = Early::begin(behind, overlay, session.plan.disk_size.bytes(), pending);
         let mut guest = self.begin(&mut session, &mut layers, &start)?;
         session.give_network(&mut guest)?;
 
@@ -344,7 +351,7 @@ impl Job<'_> {
             layers.keep(index + 1, started.elapsed(), keep, &mut session, &mut guest)?;
         }
         let packages = events.phase("seal", "sealing the disk", |_| String::new(), || seal(&mut session, guest))?;
-        let exported = Self::export(&session, pending)?;
+        let exported = export::export(&session, early, pending)?;
         let manifest = self.manifest(&session, &exported, done, &packages)?;
         manifest.write(&pending.path())?;
         Ok(manifest)
@@ -382,6 +389,9 @@ impl Job<'_> {
         if self.growth.grows {
             session.own(&mut guest, "the larger root filesystem", session::GROW, &BTreeMap::new())?;
         }
+        // Before the layer is kept, so that whoever takes it up has both already.
+        session.give_network(&mut guest)?;
+        session.list_packages(&mut guest)?;
         // Nothing is worth keeping more than a boot.
         layers.keep(0, started.elapsed(), Keep { memory: Some(true), log: None }, session, &mut guest)?;
         Ok(guest)
@@ -430,32 +440,6 @@ impl Job<'_> {
             },
         )?;
         Self::boot(session)
-    }
-
-    fn export(session: &Session<'_>, pending: &Pending) -> Result<Export, Error> {
-        let events = session.events;
-        let describe = |export: &Export| {
-            format!("{} of data in {}", Size(export.exported.block_map.data_bytes()), session.plan.disk_size)
-        };
-        events.phase("export", "writing disk.raw", describe, || {
-            let overlay = Image::overlay(&session.overlay()).map_err(disk_failure)?;
-            let work = Work {
-                // Twice the processors: a thread that waits for the disk must not keep one idle.
-                threads: std::thread::available_parallelism().map_or(4, |count| 2 * usize::from(count)),
-                progress: &|done, total| events.emit(Event::Progress { phase: "export", done, total }),
-                cancelled: &|| session.cancel.check().is_err(),
-            };
-            let folder = pending.path();
-            let exported = disk::export(&overlay, &folder.join(DISK), &work);
-            session.cancel.check()?;
-            let exported = exported.map_err(disk_failure)?;
-            let failed = |error: std::io::Error| Error::io("cannot write the block map", &error);
-            let mut blocks = fs_err::File::create(folder.join("blocks")).map_err(failed)?;
-            exported.block_map.write_to(&mut blocks).map_err(disk_failure)?;
-            let table = Table::read(&overlay).map_err(disk_failure)?;
-            let modes = table.boot_modes(&overlay).map_err(disk_failure)?;
-            Ok(Export { exported, table, modes })
-        })
     }
 
     fn manifest(
@@ -515,12 +499,6 @@ impl Job<'_> {
             publish: PublishFacts::of(recipe),
         })
     }
-}
-
-struct Export {
-    exported: disk::Exported,
-    table: Table,
-    modes: disk::BootModes,
 }
 
 /// Takes away what the build left and what instances must not share, then stops the guest with its disk clean. The

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::archive::Script;
+use super::archive::environment;
 use super::guest_failure;
 use super::log::Answer;
 use crate::cancel::Cancel;
@@ -15,7 +15,7 @@ use crate::event::Events;
 use crate::plan::{BootPath, Plan};
 use crate::recipe::{Network, Recipe};
 use crate::units::show_duration;
-use crate::vm::guest::{Ended, Guest};
+use crate::vm::guest::{Archive, Ended, Guest};
 use crate::vm::process::{Launch, Machine};
 use crate::vm::spec::{self, Accelerator, Boot, DiskBus, MemoryState, Spec};
 use crate::vm::{self, Sink, filter, host::Host, seed};
@@ -34,12 +34,10 @@ pub(super) const SETTLE: &str = include_str!("guest/settle.sh");
 pub(super) const SEAL: &str = include_str!("guest/seal.sh");
 pub(super) const PACKAGES: &str = include_str!("guest/packages.sh");
 
-/// The agent masks the same ones where the disk's own boot loader gives the command line.
-const MASKED_UNITS: [&str; 4] =
-    ["apt-daily.timer", "apt-daily-upgrade.timer", "dnf-makecache.timer", "unattended-upgrades.service"];
-
 const PACKAGES_BEGIN: &str = "kiln: packages";
 const PACKAGES_END: &str = "kiln: end of packages";
+/// Where `packages.sh` keeps the list in the guest's memory.
+const PACKAGES_LIST: &str = "/run/kiln/packages";
 
 /// Everything that starting the guest takes.
 pub(super) struct Session<'a> {
@@ -121,6 +119,11 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// Lists the guest's packages: the list stays in its memory, for [`end`](Self::end) to give out.
+    pub(super) fn list_packages(&mut self, guest: &mut Guest) -> Result<(), Error> {
+        self.own(guest, "the list of packages", PACKAGES, &BTreeMap::new()).map(drop)
+    }
+
     /// The machine's arguments without names of files: see [`Spec::shape`].
     pub(super) fn shape(&self, root: &str) -> String {
         let boot = match &self.plan.boot {
@@ -198,10 +201,13 @@ impl Session<'_> {
     pub(super) fn end(&mut self, guest: &mut Guest) -> Result<Vec<u8>, Error> {
         let seal = &self.recipe.seal;
         let mut env = network_environment();
-        let keep: Vec<_> = seal.keep.iter().map(|keep| keep.as_str()).collect();
+        let mut keep: Vec<_> = seal.keep.iter().map(|keep| keep.as_str()).collect();
+        if !seal.enabled {
+            keep.push("logs");
+        }
         env.insert("KILN_KEEP".to_owned(), keep.join(" "));
         // The list comes when nothing of the steps' runs any more that could print into it.
-        let list = format!("echo '{PACKAGES_BEGIN}'\n{PACKAGES}echo '{PACKAGES_END}'\n");
+        let list = format!("{PACKAGES}echo '{PACKAGES_BEGIN}'\ncat {PACKAGES_LIST}\necho '{PACKAGES_END}'\n");
         let network = if self.network_up { NETWORK_DOWN } else { "" };
         let script = [SETTLE, &list, network, if seal.enabled { SEAL } else { "" }].concat();
         let output = self.own(guest, "the seal", &script, &env)?;
@@ -230,13 +236,11 @@ impl Session<'_> {
     ) -> Result<Vec<u8>, Error> {
         let output = Arc::new(Mutex::new(Vec::new()));
         let sink: Box<dyn Sink> = Box::new(Answer(Arc::clone(&output)));
-        let script = Script { text: text.as_bytes(), env, files: &[], texts: &[] };
-        let folder = guest.fresh_folder();
-        let archive = script
-            .archive(self.scratch, &folder)
-            .map_err(|error| Error::io("cannot write the guest's drives", &error))?;
+        let text = format!("{}{text}", environment(env));
+        let script = Archive::text(self.scratch, &text);
+        let script = script.map_err(|error| Error::io("cannot write the guest's drives", &error))?;
         let started = Instant::now();
-        let ended = guest.run(what, archive, &folder, false, sink, OWN_LIMIT).map_err(guest_failure)?;
+        let ended = guest.own(what, script, sink, OWN_LIMIT).map_err(guest_failure)?;
         self.events.detail(format!("{what}: {}", show_duration(started.elapsed())));
         let output = std::mem::take(&mut *output.lock().unwrap_or_else(PoisonError::into_inner));
         let Ended { status, .. } = ended;
@@ -300,13 +304,12 @@ pub(crate) fn uefi(host: &Host, folder: &Path) -> Result<Boot, Error> {
 
 /// `panic=-1` turns a panic into a reset, which QEMU reports; cloud-init stays off, so that it leaves no traces;
 /// `AppArmor` stays off because compiling its profiles at boot takes longer than the rest under software emulation, and
-/// so do the kernel's tests of its ciphers. The masked units would take the package manager's lock away from steps
-/// (systemd-debug-generator(8); masking them later would cost a second).
+/// so do the kernel's tests of its ciphers. The journal stays in memory (systemd-debug-generator(8) has the masks): nothing
+/// holds a file of the disk open at the end, and no log of a build is in an image.
 fn command_line(root: &str) -> String {
-    let masked = MASKED_UNITS.map(|unit| format!("systemd.mask={unit}")).join(" ");
     format!(
-        "root={root} rw console=ttyS0 quiet panic=-1 apparmor=0 cryptomgr.notests cloud-init=disabled {masked} \
-         systemd.run=\"/bin/sh /dev/disk/by-id/virtio-kiln-agent\""
+        "root={root} rw console=ttyS0 quiet panic=-1 apparmor=0 cryptomgr.notests cloud-init=disabled \
+         systemd.mask=systemd-journal-flush.service systemd.run=\"/bin/sh /dev/disk/by-id/virtio-kiln-agent\""
     )
 }
 

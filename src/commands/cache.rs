@@ -1,8 +1,10 @@
 //! `kiln cache`: what is kept between builds.
 
 use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use kiln::build;
 use kiln::cli::Cache;
 use kiln::error::{Error, Exit};
 use kiln::store::{Kind, Limits};
@@ -18,6 +20,8 @@ pub(super) fn run(context: &Context<'_>, command: Cache) -> Result<(), Error> {
             list(context)?;
         }
         Cache::Gc { keep, older } => gc(context, keep.as_deref(), older.as_deref())?,
+        Cache::Export { recipes, out, set } => export(context, &recipes, &out, &set)?,
+        Cache::Import { file } => import(context, &file)?,
     }
     Ok(())
 }
@@ -64,5 +68,28 @@ fn gc(context: &Context<'_>, keep: Option<&str>, older: Option<&str>) -> Result<
     let bytes: u64 = removed.iter().map(|entry| entry.bytes).sum();
     let text = format!("removed {} entries, {}", removed.len(), Size(bytes));
     context.ui.result(&text, &json!(removed));
+    Ok(())
+}
+
+fn export(context: &Context<'_>, recipes: &[PathBuf], out: &Path, set: &[String]) -> Result<(), Error> {
+    let (store, host) = (context.store()?, context.host()?);
+    let (mut bases, mut keys) = (Vec::new(), Vec::new());
+    for path in recipes {
+        let recipe = build::read_recipe(path, set)?;
+        let (plan, base) = build::plan(&recipe, &host, &store, &context.ui.events(), context.cancel)?;
+        bases.push(base);
+        keys.extend(plan.layers.into_iter().filter(|layer| layer.cached).map(|layer| layer.key));
+    }
+    let keys: Vec<_> = keys.iter().map(String::as_str).collect();
+    let done = store.export(&bases, &keys, out, context.cancel)?;
+    let text = format!("{}: {} bases, {} layers, {}", out.display(), done.bases, done.layers, Size(done.bytes));
+    context.ui.result(&text, &json!({ "file": out, "content": done }));
+    Ok(())
+}
+
+fn import(context: &Context<'_>, file: &Path) -> Result<(), Error> {
+    let done = context.store()?.import(file, context.cancel)?;
+    let text = format!("{} bases, {} layers, {} of them known already", done.bases, done.layers, done.known);
+    context.ui.result(&text, &json!({ "file": file, "content": done }));
     Ok(())
 }

@@ -100,10 +100,10 @@ impl BlockMap {
         self.data().map(|(index, _)| self.block_len(index)).sum()
     }
 
-    /// Notes the digest of a block; `false` if there is no such block.
-    pub(super) fn set(&mut self, index: u64, digest: Digest) -> bool {
+    /// Notes the digest of a block, or that it is a hole; `false` if there is no such block.
+    pub(super) fn set(&mut self, index: u64, digest: impl Into<Option<Digest>>) -> bool {
         let slot = usize::try_from(index).ok().and_then(|index| self.blocks.get_mut(index));
-        slot.map(|slot| *slot = Some(digest)).is_some()
+        slot.map(|slot| *slot = digest.into()).is_some()
     }
 
     /// The disk's digest: SHA-256 over `kiln block map v1\0`, the disk's size and the block size (both 64-bit

@@ -35,7 +35,7 @@ impl Work<'_> {
     }
 }
 
-/// What [`export`] wrote.
+/// What [`export`] or [`Draft::finish`](super::Draft::finish) wrote.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Exported {
     /// The raw disk's block map.
@@ -53,12 +53,18 @@ pub struct Exported {
 /// [`Error::NoSpace`], [`Error::Create`] (also if `out` exists), [`Error::Write`], [`Error::Read`],
 /// [`Error::Cancelled`]. A partial file is left for the caller to remove with its folder.
 pub fn export(image: &Image, out: &Path, work: &Work) -> Result<Exported, Error> {
-    let file = OpenOptions::new().read(true).write(true).create_new(true).open(out);
-    let file = file.map_err(|source| Error::create(out, source))?;
-    file.set_len(image.size()).map_err(|source| Error::write(out, source))?;
+    let file = create(out, image.size())?;
     let exported = pass(image, Some((&file, out)), work)?;
     file.sync_all().map_err(|source| Error::write(out, source))?;
     Ok(exported)
+}
+
+/// A new file that is one hole.
+pub(super) fn create(out: &Path, size: u64) -> Result<File, Error> {
+    let file = OpenOptions::new().read(true).write(true).create_new(true).open(out);
+    let file = file.map_err(|source| Error::create(out, source))?;
+    file.set_len(size).map_err(|source| Error::write(out, source))?;
+    Ok(file)
 }
 
 impl BlockMap {
@@ -94,19 +100,32 @@ struct Window {
     data: Vec<Range<u64>>,
 }
 
-/// Hands out the windows that hold data, in order.
+/// Hands out windows, in order: those that hold data, or all of some ranges.
 struct Queue<'a> {
     image: &'a Image,
     /// The range of data that was found and not yet handed out whole.
     ahead: Option<Range<u64>>,
+    /// The ranges of blocks that are left to hand out, the last first; none: whatever holds data.
+    only: Option<Vec<Range<u64>>>,
 }
 
 impl<'a> Queue<'a> {
-    fn new(image: &'a Image) -> Result<Self, Error> {
-        Ok(Self { image, ahead: image.next_data(0)? })
+    fn new(image: &'a Image, only: Option<&[Range<u64>]>) -> Result<Self, Error> {
+        let only = only.map(|ranges| ranges.iter().rev().cloned().collect());
+        let ahead = if only.is_some() { None } else { image.next_data(0)? };
+        Ok(Self { image, ahead, only })
     }
 
     fn next(&mut self) -> Result<Option<Window>, Error> {
+        if let Some(only) = &mut self.only {
+            let Some(range) = only.pop() else { return Ok(None) };
+            let window = range.start..range.end.min(range.start + WINDOW);
+            if window.end < range.end {
+                only.push(window.end..range.end);
+            }
+            let data = data_within(self.image, &window)?;
+            return Ok(Some(Window { range: window, data }));
+        }
         let Some(first) = &self.ahead else { return Ok(None) };
         let start = first.start / BLOCK * BLOCK;
         let range = start..(start + WINDOW).min(self.image.size());
@@ -128,10 +147,23 @@ impl<'a> Queue<'a> {
     }
 }
 
+fn data_within(image: &Image, window: &Range<u64>) -> Result<Vec<Range<u64>>, Error> {
+    let (mut data, mut at) = (Vec::new(), window.start);
+    while at < window.end
+        && let Some(found) = image.next_data_before(at, window.end)?
+    {
+        at = found.end.min(window.end);
+        data.push(found.start..at);
+    }
+    Ok(data)
+}
+
 /// What the threads share.
 struct Pass<'a> {
     image: &'a Image,
     out: Option<(&'a File, &'a Path)>,
+    /// Whether blocks may be in `out` already, from an earlier pass.
+    again: bool,
     work: &'a Work<'a>,
     queue: Mutex<Queue<'a>>,
     done: AtomicU64,
@@ -139,14 +171,40 @@ struct Pass<'a> {
     stop: AtomicBool,
 }
 
-fn pass(image: &Image, out: Option<(&File, &Path)>, work: &Work) -> Result<Exported, Error> {
+pub(super) fn pass(image: &Image, out: Option<(&File, &Path)>, work: &Work) -> Result<Exported, Error> {
+    let total = data_bytes(image)?;
+    let blocks = blocks(image, out, None, total, work)?;
+    let data = blocks.into_iter().filter_map(|(index, digest)| Some((index, digest?)));
+    Ok(Exported { block_map: BlockMap::from_data(image.size(), data), data_bytes: total })
+}
+
+/// Writes these ranges of blocks again, which `out` may have with other content: what it has of them now, none for a
+/// hole.
+pub(super) fn rewrite(
+    image: &Image,
+    (file, path): (&File, &Path),
+    ranges: &[Range<u64>],
+    work: &Work,
+) -> Result<Vec<(u64, Option<Digest>)>, Error> {
+    let total = ranges.iter().map(|range| range.end - range.start).sum();
+    blocks(image, Some((file, path)), Some(ranges), total, work)
+}
+
+fn blocks(
+    image: &Image,
+    out: Option<(&File, &Path)>,
+    only: Option<&[Range<u64>]>,
+    total: u64,
+    work: &Work,
+) -> Result<Vec<(u64, Option<Digest>)>, Error> {
     let pass = Pass {
         image,
         out,
+        again: only.is_some(),
         work,
-        queue: Mutex::new(Queue::new(image)?),
+        queue: Mutex::new(Queue::new(image, only)?),
         done: AtomicU64::new(0),
-        total: data_bytes(image)?,
+        total,
         stop: AtomicBool::new(false),
     };
     (work.progress)(0, pass.total);
@@ -159,13 +217,11 @@ fn pass(image: &Image, out: Option<(&File, &Path)>, work: &Work) -> Result<Expor
         threads.into_iter().map(join).collect()
     });
     // A thread that stopped because another one failed has an empty result, never an error of its own.
-    let hashed = results.into_iter().collect::<Result<Vec<_>, Error>>()?;
-    let block_map = BlockMap::from_data(image.size(), hashed.into_iter().flatten());
-    Ok(Exported { block_map, data_bytes: pass.total })
+    Ok(results.into_iter().collect::<Result<Vec<_>, Error>>()?.into_iter().flatten().collect())
 }
 
 /// How many bytes of data there are in all.
-fn data_bytes(image: &Image) -> Result<u64, Error> {
+pub(super) fn data_bytes(image: &Image) -> Result<u64, Error> {
     let (mut total, mut at) = (0, 0);
     while let Some(data) = image.next_data(at)? {
         total += data.end - data.start;
@@ -176,7 +232,7 @@ fn data_bytes(image: &Image) -> Result<u64, Error> {
 
 impl Pass<'_> {
     /// One thread: windows until there are none, or until somebody fails.
-    fn run(&self) -> Result<Vec<(u64, Digest)>, Error> {
+    fn run(&self) -> Result<Vec<(u64, Option<Digest>)>, Error> {
         let mut hashed = Vec::new();
         let mut buffer = vec![0; usize::try_from(BLOCK).unwrap_or_default()];
         loop {
@@ -199,7 +255,7 @@ impl Pass<'_> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).next()
     }
 
-    fn window(&self, window: &Window, buffer: &mut [u8], hashed: &mut Vec<(u64, Digest)>) -> Result<(), Error> {
+    fn window(&self, window: &Window, buffer: &mut [u8], blocks: &mut Vec<(u64, Option<Digest>)>) -> Result<(), Error> {
         let mut pieces = &window.data[..];
         let mut start = window.range.start;
         while start < window.range.end {
@@ -207,16 +263,23 @@ impl Pass<'_> {
             start = block.end;
             pieces = &pieces[pieces.partition_point(|piece| piece.end <= block.start)..];
             let inside = &pieces[..pieces.partition_point(|piece| piece.start < block.end)];
-            if inside.is_empty() {
+            if inside.is_empty() && !self.again {
                 continue;
             }
             if (self.work.cancelled)() {
                 return Err(Error::Cancelled);
             }
+            if let (true, Some((file, path))) = (self.again, self.out) {
+                clear(file, &block).map_err(|source| Error::write(path, source))?;
+            }
             let len = usize::try_from(block.end - block.start).unwrap_or_default();
-            hashed.push((block.start / BLOCK, self.block(&block, inside, &mut buffer[..len])?));
+            let digest = if inside.is_empty() { None } else { Some(self.block(&block, inside, &mut buffer[..len])?) };
+            blocks.push((block.start / BLOCK, digest));
         }
-        let bytes: u64 = window.data.iter().map(|piece| piece.end - piece.start).sum();
+        let bytes: u64 = match self.again {
+            true => window.range.end - window.range.start,
+            false => window.data.iter().map(|piece| piece.end - piece.start).sum(),
+        };
         let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
         (self.work.progress)(done, self.total);
         Ok(())
@@ -242,6 +305,20 @@ impl Pass<'_> {
             }
         }
         Ok(digest)
+    }
+}
+
+/// Makes a hole; where the filesystem can't, zeros.
+fn clear(file: &File, range: &Range<u64>) -> std::io::Result<()> {
+    use rustix::fs::{FallocateFlags, fallocate};
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    match fallocate(file, flags, range.start, range.end - range.start) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => {
+            let zeros = vec![0; usize::try_from(range.end - range.start).unwrap_or_default()];
+            file.write_all_at(&zeros, range.start)
+        }
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -20,6 +20,7 @@
 //! | `qcow2`, `overlay`, `create` | our own small qcow2: write a fresh overlay, read what QEMU left |
 //! | `blocks`, `blocks_text` | the block map, its digest and its file |
 //! | `copy` | the parallel pass over data: export, map, verify |
+//! | `draft` | an export that begins before the disk is done |
 //!
 //! Architecture invariant: nothing here looks at an image other than through [`ReadAt`], so a raw base and an
 //! overlay that QEMU wrote are read by the same code.
@@ -29,6 +30,7 @@ mod blocks_text;
 mod boot;
 mod copy;
 mod create;
+mod draft;
 mod error;
 mod ext;
 mod firmware;
@@ -51,6 +53,7 @@ pub use blocks::{BLOCK, BlockMap, Digest};
 pub use boot::{BootFiles, WhyNot, boot_files};
 pub use copy::{Exported, Work, export};
 pub use create::Backing;
+pub use draft::Draft;
 pub use error::Error;
 pub use firmware::{Arch, BootModes};
 pub use guid::Guid;

@@ -43,6 +43,8 @@ pub struct Entry {
     pub unused: u64,
     /// How many entries are built on it.
     pub dependents: usize,
+    /// Whether nothing will take it: a newer one has its place, or it is damaged.
+    pub superseded: bool,
     #[serde(skip)]
     behind: Option<String>,
     #[serde(skip)]
@@ -70,8 +72,12 @@ impl Store {
         for key in entries.iter().filter_map(|entry| entry.behind.clone()) {
             *dependents.entry(key).or_default() += 1;
         }
+        // The youngest of those with one key counts.
+        entries.sort_by_key(|entry| entry.age);
+        let mut seen = std::collections::BTreeSet::new();
         for entry in &mut entries {
             entry.dependents = dependents.get(&entry.key).copied().unwrap_or(0);
+            entry.superseded |= entry.kind == Kind::Layer && !seen.insert(layer::key_of(&entry.key).to_owned());
         }
         entries.sort_by_key(|entry| entry.unused);
         entries
@@ -83,7 +89,7 @@ impl Store {
         Limits { keep: Some(DEFAULT_KEEP), older: None }
     }
 
-    /// Removes what is over the limits. What was removed.
+    /// Removes what nothing will take any more, and what is over the limits. What was removed.
     ///
     /// # Errors
     /// When something can't be removed.
@@ -96,7 +102,7 @@ impl Store {
             let candidate = entries.iter().rposition(|entry| {
                 let too_old = limits.older.is_some_and(|older| entry.unused >= older.as_secs());
                 let too_much = limits.keep.is_some_and(|keep| bytes > keep);
-                (too_old || too_much) && entry.dependents == 0
+                (too_old || too_much || entry.superseded) && entry.dependents == 0
             });
             let Some(index) = candidate else { return Ok(removed) };
             let entry = entries.remove(index);
@@ -142,11 +148,12 @@ fn layer_entry(folder: PathBuf) -> Option<Entry> {
     let mark = folder.join(layer::USED);
     let record: Option<Record> =
         std::fs::read(folder.join(layer::RECORD)).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    let superseded = record.is_none();
     let (name, behind) = match record {
         Some(record) => (format!("{}: {}", record.recipe, record.name), record.backing.or(Some(record.base))),
         None => ("damaged".to_owned(), None),
     };
-    entry(Kind::Layer, folder, mark, name, behind)
+    Some(Entry { superseded, ..entry(Kind::Layer, folder, mark, name, behind)? })
 }
 
 fn entry(kind: Kind, folder: PathBuf, mark: PathBuf, name: String, behind: Option<String>) -> Option<Entry> {
@@ -162,6 +169,7 @@ fn entry(kind: Kind, folder: PathBuf, mark: PathBuf, name: String, behind: Optio
         age: seconds(made),
         unused: seconds(used),
         dependents: 0,
+        superseded: false,
         behind,
         folder,
         mark,

@@ -1,11 +1,12 @@
-//! Layers: what a guest was after a step. Each is a folder that is named by its key and appears whole.
+//! Layers: what a guest was after a step. Each is a folder that appears whole and is never replaced: made again, a layer
+//! gets another folder, because what was built on the first one stays on it. The newest of those with one key counts.
 //!
 //! ```text
-//! layers/KEY/layer.json   what it is, and what its files must be
-//! layers/KEY/disk.qcow2   an overlay over its parent's disk, or over the base
-//! layers/KEY/memory.MACHINE.zst   the running guest, for machines with this key (not every layer has one)
-//! layers/KEY/step.log     what the step printed (the booted base has none)
-//! layers/KEY/used         its mtime is when the layer was last used
+//! layers/KEY-RANDOM/layer.json    what it is, and what its files must be
+//! layers/KEY-RANDOM/disk.qcow2    an overlay over an earlier layer's disk, or over the base
+//! layers/KEY-RANDOM/memory.MACHINE.lz4   the running guest, for machines with this key (not every layer has one)
+//! layers/KEY-RANDOM/step.log      what the step printed (the booted base has none)
+//! layers/KEY-RANDOM/used          its mtime is when the layer was last used
 //! ```
 
 use std::collections::BTreeMap;
@@ -23,7 +24,7 @@ use crate::error::{Error, Exit};
 use crate::event::Events;
 
 /// The version of this format. Layers of another are misses.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 const LOG: &str = "step.log";
 pub(super) const RECORD: &str = "layer.json";
 /// The name of a layer's disk in its folder.
@@ -39,7 +40,7 @@ pub struct Record {
     pub key: String,
     /// Its parent's key; none for the booted base.
     pub parent: Option<String>,
-    /// The key of the layer that its disk is an overlay over: its parent, or one before; none: the base.
+    /// The folder of the layer that its disk is an overlay over: its parent, or one before; none: the base.
     pub backing: Option<String>,
     /// SHA-256 of the base image.
     pub base: String,
@@ -102,6 +103,7 @@ impl Drop for Claim {
 #[derive(Debug)]
 pub struct Pending {
     folder: tempfile::TempDir,
+    id: String,
 }
 
 impl Layer {
@@ -109,6 +111,16 @@ impl Layer {
     #[must_use]
     pub fn record(&self) -> &Record {
         &self.sealed.record
+    }
+
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The name of its folder, by which other layers know it.
+    #[must_use]
+    pub fn id(&self) -> String {
+        self.folder.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
     /// Its disk.
@@ -140,7 +152,7 @@ impl Layer {
 }
 
 fn memory_path(folder: &Path, machine: &str) -> PathBuf {
-    folder.join(format!("memory.{machine}.zst"))
+    folder.join(format!("memory.{machine}.lz4"))
 }
 
 impl Store {
@@ -148,23 +160,38 @@ impl Store {
         self.root.join("layers")
     }
 
-    /// Where the disk of the layer with this key is, or will be.
-    #[must_use]
-    pub fn layer_disk(&self, key: &str) -> PathBuf {
-        self.layers().join(key).join(DISK)
-    }
-
-    /// Looks a layer up and keeps it from being removed. Never fails: what can't be used is [`Lookup::Damaged`].
+    /// Looks a layer up and keeps it from being removed: of those with this key the newest that is whole. Never fails:
+    /// if there are only such as can't be used it is [`Lookup::Damaged`].
     #[must_use]
     pub fn layer(&self, key: &str) -> Lookup {
-        let folder = self.layers().join(key);
+        let entries = std::fs::read_dir(self.layers()).into_iter().flatten().flatten();
+        let folders = entries.filter(|entry| key_of(&entry.file_name().to_string_lossy()) == key);
+        let made =
+            |entry: &std::fs::DirEntry| entry.path().join(RECORD).metadata().and_then(|record| record.modified());
+        let mut folders: Vec<_> = folders.map(|entry| (made(&entry).ok(), entry.file_name())).collect();
+        folders.sort_unstable();
+        let mut found = Lookup::Miss;
+        for (_, id) in folders.iter().rev() {
+            match self.layer_in(&id.to_string_lossy()) {
+                Lookup::Hit(layer) => return Lookup::Hit(layer),
+                Lookup::Damaged(why) => found = Lookup::Damaged(why),
+                Lookup::Miss => {}
+            }
+        }
+        found
+    }
+
+    /// As [`Self::layer`], the one in this folder.
+    #[must_use]
+    pub fn layer_in(&self, id: &str) -> Lookup {
+        let folder = self.layers().join(id);
         let Ok(in_use) = File::open(folder.join(USED)) else {
             return if folder.exists() { Lookup::Damaged("it is not whole".to_owned()) } else { Lookup::Miss };
         };
         if rustix::fs::flock(&in_use, FlockOperation::LockShared).is_err() || !folder.join(RECORD).exists() {
             return Lookup::Miss;
         }
-        match read(&folder, key) {
+        match read(&folder) {
             Ok(sealed) => {
                 let _ = in_use.set_modified(std::time::SystemTime::now());
                 Lookup::Hit(Box::new(Layer { folder, sealed, _in_use: in_use }))
@@ -180,7 +207,7 @@ impl Store {
         let mut found: Vec<_> = entries
             .filter_map(|entry| {
                 let made = std::fs::metadata(entry.path().join(RECORD)).ok()?.modified().ok()?;
-                let sealed = read(&entry.path(), &entry.file_name().to_string_lossy()).ok()?;
+                let sealed = read(&entry.path()).ok()?;
                 let sibling = sealed.record.parent.as_deref() == parent && sealed.record.base == base;
                 sibling.then_some((made, sealed.record))
             })
@@ -218,14 +245,22 @@ impl Store {
 }
 
 impl Pending {
-    /// Begins a layer in a scratch folder of the store.
+    /// Begins a layer with this key in a scratch folder of the store.
     ///
     /// # Errors
     /// When the store can't be written.
-    pub fn begin(scratch: &Path) -> Result<Self, Error> {
-        let folder = tempfile::Builder::new().prefix("layer-").tempdir_in(scratch);
+    pub fn begin(scratch: &Path, key: &str) -> Result<Self, Error> {
+        let folder = tempfile::Builder::new().prefix("layer-").rand_bytes(12).tempdir_in(scratch);
         let folder = folder.map_err(|error| Error::io(format!("cannot write to `{}`", scratch.display()), &error))?;
-        Ok(Self { folder })
+        let name = folder.path().file_name().unwrap_or_default().to_string_lossy();
+        let id = format!("{key}-{}", name.trim_start_matches("layer-"));
+        Ok(Self { folder, id })
+    }
+
+    /// The name that its folder will have.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
     }
 
     /// Where its disk goes.
@@ -246,20 +281,13 @@ impl Pending {
         memory_path(self.folder.path(), machine)
     }
 
-    /// Puts the layer into the store, in place of a damaged one if there is one. `machines` are the keys of the
-    /// memory states that were written.
+    /// Puts the layer into the store. `machines` are the keys of the memory states that were written.
     ///
     /// # Errors
     /// When the store can't be written.
     pub fn commit(self, store: &Store, record: Record, machines: &[String]) -> Result<Box<Layer>, Error> {
-        let key = record.key.clone();
-        let place = store.layers().join(&key);
+        let place = store.layers().join(&self.id);
         let failed = |error: io::Error| Error::io(format!("cannot keep the layer `{}`", place.display()), &error);
-        let identity = |path: &Path| {
-            let file = File::open(path)?;
-            file.sync_all()?;
-            Identity::of(&file)
-        };
         let write = || -> io::Result<()> {
             let disk = identity(&self.disk())?;
             let memory = machines.iter().map(|machine| Ok((machine.clone(), identity(&self.memory(machine))?)));
@@ -267,18 +295,13 @@ impl Pending {
             let record = Record { format: FORMAT, ..record };
             std::fs::write(self.folder.path().join(USED), "")?;
             store.write_json(&self.folder.path().join(RECORD), &Sealed { record, disk, memory })?;
-            if place.exists() {
-                let old = self.folder.path().with_extension("old");
-                std::fs::rename(&place, &old)?;
-                let _ = std::fs::remove_dir_all(old);
-            }
             std::fs::rename(self.folder.path(), &place)?;
             File::open(store.layers())?.sync_all()
         };
         write().map_err(failed)?;
         // It has another name now: there is nothing left to remove under the old one.
         let _ = self.folder.keep();
-        match store.layer(&key) {
+        match store.layer_in(&self.id) {
             Lookup::Hit(layer) => Ok(layer),
             Lookup::Miss => Err(Error::new(Exit::Host, format!("the layer `{}` vanished at once", place.display()))),
             Lookup::Damaged(why) => {
@@ -296,13 +319,40 @@ fn same_file(path: &Path, file: &File) -> bool {
     }
 }
 
-fn read(folder: &Path, key: &str) -> Result<Sealed, String> {
+/// The key in the name of a layer's folder.
+pub(super) fn key_of(id: &str) -> &str {
+    id.split('-').next().unwrap_or_default()
+}
+
+/// Makes the record of a layer that was brought here say what its files are here.
+pub(super) fn adopt(store: &Store, folder: &Path) -> io::Result<()> {
+    let mut sealed: Sealed = serde_json::from_slice(&std::fs::read(folder.join(RECORD))?)?;
+    if sealed.record.format != FORMAT {
+        let format = sealed.record.format;
+        return Err(io::Error::other(format!("a layer in it has format {format}, and this kiln writes {FORMAT}")));
+    }
+    sealed.disk = identity(&folder.join(DISK))?;
+    for (machine, memory) in &mut sealed.memory {
+        *memory = identity(&memory_path(folder, machine))?;
+    }
+    std::fs::write(folder.join(USED), "")?;
+    store.write_json(&folder.join(RECORD), &sealed)
+}
+
+/// Of a file that is on the disk now.
+fn identity(path: &Path) -> io::Result<Identity> {
+    let file = File::open(path)?;
+    file.sync_all()?;
+    Identity::of(&file)
+}
+
+fn read(folder: &Path) -> Result<Sealed, String> {
     let text = std::fs::read(folder.join(RECORD)).map_err(|error| format!("{RECORD}: {error}"))?;
     let sealed: Sealed = serde_json::from_slice(&text).map_err(|error| format!("{RECORD}: {error}"))?;
     if sealed.record.format != FORMAT {
         return Err(format!("it has format {}, and this kiln writes {FORMAT}", sealed.record.format));
     }
-    if sealed.record.key != key {
+    if sealed.record.key != key_of(&folder.file_name().unwrap_or_default().to_string_lossy()) {
         return Err("it says that it is another one".to_owned());
     }
     let disk = std::fs::metadata(folder.join(DISK)).map_err(|error| format!("{DISK}: {error}"))?;

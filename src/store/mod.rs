@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! CACHE/bases/SHA256/disk.raw   a base as a sparse raw disk, named by its image's digest
-//! CACHE/layers/KEY/             the disk, and perhaps the guest's memory, after a step
+//! CACHE/layers/KEY-RANDOM/      the disk, and perhaps the guest's memory, after a step
 //! CACHE/locks/KEY               held by the kiln that is making the layer
 //! CACHE/known/ID                digests of files that have not changed since
 //! CACHE/work/RANDOM/            one running kiln's scratch, with a lock for as long as it runs
@@ -15,6 +15,7 @@ mod base;
 mod gc;
 mod known;
 mod layer;
+mod transfer;
 
 use std::fs::File;
 use std::io;
@@ -27,6 +28,7 @@ use crate::error::Error;
 pub use base::Imported;
 pub use gc::{Entry, Kind, Limits};
 pub use layer::{Claim, DISK as LAYER_DISK, Layer, Lookup, Pending, Record};
+pub use transfer::Transferred;
 
 /// The store in one folder.
 #[derive(Debug, Clone)]

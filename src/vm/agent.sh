@@ -6,6 +6,7 @@
 # never in a step's environment, arguments or open files, so a step can't forge an answer.
 #
 #   in   run NONCE BYTES sh|exec NAME  BYTES of tar on kiln.in, all in the folder NAME; runs NAME/.kiln/step there
+#        own NONCE BYTES              BYTES of a script on kiln.in, run in a shell that is there already
 #        put NONCE BYTES USER GROUP DIR/   BYTES of tar on kiln.in, unpacked into DIR (the rest of the line)
 #        freeze NONCE                 unmounts or freezes every filesystem; nothing is written after the answer
 #        sync NONCE                   writes out what the guest holds in memory for its disk
@@ -91,6 +92,18 @@ run() { # NONCE BYTES sh|exec NAME: all of the archive is in the folder NAME
     rm -rf "$work"
 }
 
+own() { # NONCE BYTES: a script of kiln's own, which needs no folder and keeps out of steps' way
+    nonce=$1
+    text=$(receive "$2")
+    (
+        unset nonce
+        exec </dev/null >&4 2>&4 3>&- 4>&- 5<&-
+        set -eu
+        eval "$text"
+    )
+    finish "$nonce" "$?"
+}
+
 known() { # passwd|group NAME
     case $2 in *[!0-9]*) getent "$1" "$2" >/dev/null || grep -q "^$2:" "/etc/$1" ;; esac
 }
@@ -128,10 +141,7 @@ wake() { # NONCE EPOCH SEED
 
 # Whether a process runs on files that were replaced meanwhile.
 outdated() { # PID
-    while read -r _ _ _ _ _ file; do
-        case $file in *'(deleted)') return 0 ;; esac
-    done <"/proc/$1/maps"
-    return 1
+    grep -q ' /.* (deleted)$' "/proc/$1/maps"
 }
 
 freeze() { # NONCE
@@ -179,11 +189,28 @@ if mount -t cgroup2 kiln "$cgroups" || mount -t cgroup -o none,name=kiln kiln "$
 if [ -n "${1:-}" ] && command -v cloud-init >/dev/null; then
     timeout 300 cloud-init status --wait >/dev/null
 fi
-# Package timers would take the package manager's lock away from steps; after direct boot the kernel's command line has
-# masked them. In /run: gone with this boot. An instance is looked at as it is.
-if [ "${1:-}" = firmware ]; then
-    systemctl mask --runtime --now --quiet apt-daily.timer apt-daily-upgrade.timer dnf-makecache.timer \
-        unattended-upgrades.service 2>/dev/null
+# Package timers would take the package manager's lock away from steps. After direct boot none runs or is even loaded, and
+# a condition keeps those back that a package starts; steps may enable them as always. In /run: gone with this boot. An
+# instance is looked at as it is.
+timers='apt-daily.timer apt-daily-upgrade.timer dnf-makecache.timer unattended-upgrades.service'
+case ${1:-} in
+    firmware)
+        # shellcheck disable=SC2086 # names without blanks
+        systemctl mask --runtime --now --quiet $timers 2>/dev/null
+        ;;
+    '')
+        places=''
+        for unit in $timers; do places="$places /run/systemd/system/$unit.d"; done
+        # shellcheck disable=SC2086 # names without blanks
+        mkdir -p $places
+        for place in $places; do printf '[Unit]\nConditionPathExists=!/run/kiln\n' >"$place/kiln.conf"; done
+        ;;
+esac
+# What runs now is the system's own, and known when the guest is settled. Booted by its own boot loader, much may be.
+if [ -z "${1:-}" ] && [ -d /run/systemd/units ]; then
+    units=''
+    for link in /run/systemd/units/invocation:*; do units="$units ${link##*/invocation:}"; done
+    echo "$units" >/run/kiln/units
 fi
 read -r up _ </proc/uptime
 savable=unsavable
@@ -193,6 +220,7 @@ while read -r command nonce rest <&3; do
     # shellcheck disable=SC2086 # fields are split here on purpose; none has blanks but put's last
     case $command in
         run) run "$nonce" $rest ;;
+        own) own "$nonce" "$rest" ;;
         put)
             read -r bytes user group_name place <<END
 $rest

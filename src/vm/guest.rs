@@ -43,7 +43,7 @@ pub struct Ended {
     pub out_of_memory: bool,
 }
 
-/// A tar archive on its way into the guest.
+/// A tar archive, or a text, on its way into the guest.
 pub struct Archive {
     file: File,
     length: u64,
@@ -66,6 +66,19 @@ impl Archive {
         file.set_len(padded)?;
         file.rewind()?;
         Ok(Self { file, length: padded })
+    }
+}
+
+impl Archive {
+    /// A text instead of an archive, for [`Guest::own`], in `folder`.
+    ///
+    /// # Errors
+    /// When the file can't be written.
+    pub fn text(folder: &Path, text: &str) -> io::Result<Self> {
+        let mut file = tempfile::tempfile_in(folder)?;
+        file.write_all(text.as_bytes())?;
+        file.rewind()?;
+        Ok(Self { file, length: text.len() as u64 })
     }
 }
 
@@ -174,6 +187,14 @@ impl Guest {
     ) -> Result<Ended, Error> {
         let rest = format!("{} {folder}", if shebang { "exec" } else { "sh" });
         self.stream("run", what, archive, &rest, sink, limit)
+    }
+
+    /// Runs one of kiln's own scripts, with `sh -eu` in the agent's place.
+    ///
+    /// # Errors
+    /// When the guest fails; a script that fails is not an error here.
+    pub fn own(&mut self, what: &str, script: Archive, sink: Box<dyn Sink>, limit: Duration) -> Result<Ended, Error> {
+        self.stream("own", what, script, "", sink, limit)
     }
 
     /// The name of a folder that no archive had yet.

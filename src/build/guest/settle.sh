@@ -1,42 +1,72 @@
 # Ends everything that could still write: services in order, as a shutdown would, then what steps left behind.
-# kiln's agent goes on, in a unit of its own.
-# Only what runs: stopping what has long exited would cost time and change nothing.
-units=$(systemctl list-units --plain --no-legend --full --type=service,socket,timer,path \
-    --state=active,activating,reloading 2>/dev/null | while read -r unit _ _ state _; do
-        case $unit:$state in
-            *:exited | *:dead | kernel-command-line.service:* | kiln-agent.service:*) ;;
-            *) echo "$unit" ;;
-        esac
-    done)
-# shellcheck disable=SC2086 # unit names have no blanks
-[ -z "$units" ] || timeout 90 systemctl stop $units 2>/dev/null || true
+# kiln's agent goes on, in a unit of its own, and so do daemons of the boot that write nothing to the disk: ending them
+# takes longer than all the rest.
+base='' quiet='' self=''
+# After direct boot the journal is in memory, unless it is to stay.
+case " $KILN_KEEP " in *" logs "*) journalctl --flush 2>/dev/null || true ;; esac
+read -r self _ </proc/self/stat
+# After a step replaced libraries everything ends that runs on the old ones: they would stay on the disk, unnamed.
+if [ -r /run/kiln/units ] && ! grep -qs ' /.* (deleted)$' /proc/[0-9]*/maps; then
+    read -r base </run/kiln/units
+    quiet='systemd-udevd.service systemd-resolved.service systemd-timesyncd.service systemd-logind.service'
+    quiet="$quiet systemd-networkd.service systemd-userdbd.service dbus.service dbus-broker.service"
+    # Its files are in /run until it is told that there is a disk.
+    [ -e /run/systemd/journal/flushed ] || quiet="$quiet systemd-journald.service"
+fi
+among() { case " $2 " in *" $1 "*) return 0 ;; *) return 1 ;; esac; } # WORD WORDS
 
-# Whatever else still runs could write as well: what steps left behind, or a DHCP client whose service has long exited.
-others() { # SIGNAL: sends it to them; whether there were any
-    found=1
+# The processes that have to end; `serves` is the unit of one of them, if one belongs to a service.
+others() {
+    pids='' serves=''
     for process in /proc/[0-9]*; do
         pid=${process#/proc/}
-        case $pid in 1 | "$$" | "$PPID") continue ;; esac
+        case $pid in 1 | "$$" | "$self") continue ;; esac
         # Threads of the kernel have no command line.
-        words=''
+        words='' unit=''
         read -r words <"$process/cmdline" || true
-        if [ -n "$words" ] && kill -s "$1" "$pid"; then found=0; fi
+        [ -n "$words" ] || continue
+        while IFS=: read -r _ _ group; do
+            case $group in */system.slice/*.service) unit=${group##*/} ;; esac
+        done <"$process/cgroup" || true
+        if [ -n "$unit" ] && among "$unit" "$quiet"; then continue; fi
+        case $unit in '' | kernel-command-line.service | kiln-agent.service) ;; *) serves=$unit ;; esac
+        pids="$pids $pid"
     done 2>/dev/null
-    return "$found"
 }
+
+# systemd is asked only if a service or a timer runs that is not of the boot: asking takes a while.
+others
+ask=$serves
+[ -n "$base" ] || ask=everything
+for link in /run/systemd/units/invocation:*; do
+    if ! among "${link##*/invocation:}" "$base"; then ask=${link##*/invocation:}; fi
+done
+if [ -n "$ask" ]; then
+    # Only what runs: stopping what has long exited would cost time and change nothing.
+    units=$(systemctl list-units --plain --no-legend --full --type=service,socket,timer,path \
+        --state=active,activating,reloading 2>/dev/null | while read -r unit _ _ state _; do
+            case $unit:$state in
+                *:exited | *:dead | kernel-command-line.service:* | kiln-agent.service:*) continue ;;
+                *.service:*) if among "$unit" "$quiet"; then continue; fi ;;
+                *) if among "$unit" "$base"; then continue; fi ;;
+            esac
+            echo "$unit"
+        done)
+    # shellcheck disable=SC2086 # unit names have no blanks
+    [ -z "$units" ] || timeout 90 systemctl stop $units 2>/dev/null || true
+    others
+fi
+
+# Whatever else still runs could write as well: what steps left behind, or a DHCP client whose service has long exited.
 tries=0 signal=TERM
-while [ "$tries" -lt 100 ] && others "$signal"; do
+while [ "$tries" -lt 100 ] && [ -n "$pids" ]; do
     [ "$tries" -lt 50 ] || signal=KILL
+    # shellcheck disable=SC2086 # numbers
+    kill -s "$signal" $pids 2>/dev/null || true
     tries=$((tries + 1))
     sleep 0.1
+    others
 done
 
 # A systemd that runs on replaced libraries would keep the old ones on the disk, unnamed.
-while read -r _ _ _ _ _ file; do
-    case $file in
-        *'(deleted)')
-            systemctl daemon-reexec || true
-            break
-            ;;
-    esac
-done </proc/1/maps
+if grep -qs ' /.* (deleted)$' /proc/1/maps; then systemctl daemon-reexec || true; fi

@@ -1,0 +1,91 @@
+//! `disk.raw` and its block map. What does not change any more is written while the guest still works: see
+//! [`Draft`].
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+
+use super::disk_failure;
+use super::manifest::DISK;
+use super::output::Pending;
+use super::session::Session;
+use crate::disk::{self, Draft, Exported, Image, Table, Work};
+use crate::error::Error;
+use crate::event::Event;
+use crate::units::Size;
+
+/// The file of the block map in the output folder.
+const BLOCKS: &str = "blocks";
+
+/// The written disk.
+pub(super) struct Export {
+    pub(super) exported: Exported,
+    pub(super) table: Table,
+    pub(super) modes: disk::BootModes,
+}
+
+/// The disk as it was where the build began, on its way into `disk.raw`. Dropped before it is done, it is given up.
+pub(super) struct Early {
+    given_up: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Result<Draft, disk::Error>>>,
+}
+
+impl Early {
+    /// Begins with what the guest's overlay is over: a raw disk, or an overlay.
+    pub(super) fn begin(behind: PathBuf, overlay: bool, size: u64, pending: &Pending) -> Self {
+        let given_up = Arc::new(AtomicBool::new(false));
+        let (stop, out) = (Arc::clone(&given_up), pending.path().join(DISK));
+        let thread = std::thread::spawn(move || {
+            // One thread: the guest has the processors first.
+            let work = Work { threads: 1, progress: &|_, _| (), cancelled: &|| stop.load(Ordering::Relaxed) };
+            Draft::begin(&behind, overlay, size, &out, &work)
+        });
+        Self { given_up, thread: Some(thread) }
+    }
+
+    fn wait(mut self) -> Result<Draft, disk::Error> {
+        let thread = self.thread.take();
+        match thread.map(JoinHandle::join) {
+            Some(Ok(draft)) => draft,
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+            None => Err(disk::Error::Cancelled),
+        }
+    }
+}
+
+impl Drop for Early {
+    fn drop(&mut self) {
+        self.given_up.store(true, Ordering::Relaxed);
+        // Its folder goes away next: nobody may write there any more.
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Makes `disk.raw` the disk that the guest has left, and writes its block map.
+pub(super) fn export(session: &Session<'_>, early: Early, pending: &Pending) -> Result<Export, Error> {
+    let events = session.events;
+    let describe = |export: &Export| {
+        format!("{} of data in {}", Size(export.exported.block_map.data_bytes()), session.plan.disk_size)
+    };
+    events.phase("export", "writing disk.raw", describe, || {
+        let work = Work {
+            // Twice the processors: a thread that waits for the disk must not keep one idle.
+            threads: std::thread::available_parallelism().map_or(4, |count| 2 * usize::from(count)),
+            progress: &|done, total| events.emit(Event::Progress { phase: "export", done, total }),
+            cancelled: &|| session.cancel.check().is_err(),
+        };
+        let exported = early.wait().and_then(|draft| draft.finish(&session.overlay(), &work));
+        session.cancel.check()?;
+        let exported = exported.map_err(disk_failure)?;
+        let failed = |error: std::io::Error| Error::io("cannot write the block map", &error);
+        let mut blocks = fs_err::File::create(pending.path().join(BLOCKS)).map_err(failed)?;
+        exported.block_map.write_to(&mut blocks).map_err(disk_failure)?;
+        let overlay = Image::overlay(&session.overlay()).map_err(disk_failure)?;
+        let table = Table::read(&overlay).map_err(disk_failure)?;
+        let modes = table.boot_modes(&overlay).map_err(disk_failure)?;
+        Ok(Export { exported, table, modes })
+    })
+}

@@ -1,0 +1,178 @@
+//! A raw disk that is begun before its last state is known.
+//!
+//! While a guest writes to overlays, what is behind them does not change: it can be written and hashed already. When
+//! the guest is done, only the blocks that its overlays speak of are written again, so what is left to do then is
+//! proportional to the change.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::blocks::{BLOCK, BlockMap, Digest};
+use super::copy::{Exported, Work, create, data_bytes, rewrite};
+use super::overlay::{ExtentKind, Overlay};
+use super::{Error, Image, copy};
+
+/// A raw disk with the content of what is behind some overlays.
+#[derive(Debug)]
+pub struct Draft {
+    file: File,
+    path: PathBuf,
+    behind: PathBuf,
+    size: u64,
+    blocks: Vec<(u64, Digest)>,
+    /// Where blocks begin that must be written again in any case.
+    uneven: Option<u64>,
+}
+
+impl Draft {
+    /// Writes a disk of `size` bytes to the new file `out` with what the image `behind` has: a raw disk, or an overlay
+    /// if `overlay`. Nobody may write to it meanwhile, or before [`finish`](Self::finish).
+    ///
+    /// # Errors
+    /// As [`export`](super::export).
+    pub fn begin(behind: &Path, overlay: bool, size: u64, out: &Path, work: &Work) -> Result<Self, Error> {
+        let image = if overlay { Image::overlay(behind)? } else { Image::raw(behind)? };
+        let file = create(out, size)?;
+        let exported = copy::pass(&image, Some((&file, out)), work)?;
+        let uneven =
+            (image.size() < size && !image.size().is_multiple_of(BLOCK)).then_some(image.size() / BLOCK * BLOCK);
+        let blocks = exported.block_map.data().collect();
+        Ok(Self { file, path: out.to_owned(), behind: behind.to_owned(), size, blocks, uneven })
+    }
+
+    /// Makes it the disk of the overlay `top`, which must be over what the draft was made of. As
+    /// [`export`](super::export) would have written it.
+    ///
+    /// # Errors
+    /// As [`export`](super::export), and those of [`Overlay::open`].
+    pub fn finish(self, top: &Path, work: &Work) -> Result<Exported, Error> {
+        let image = Image::overlay(top)?;
+        let mut changed = changes(top, &self.behind)?;
+        changed.extend(self.uneven.map(|start| start..start + 1));
+        let ranges = whole_blocks(changed, self.size);
+        let rewritten = rewrite(&image, (&self.file, &self.path), &ranges, work)?;
+        self.file.sync_all().map_err(|source| Error::write(&self.path, source))?;
+        let mut block_map = BlockMap::from_data(self.size, self.blocks);
+        for (index, digest) in rewritten {
+            block_map.set(index, digest);
+        }
+        Ok(Exported { block_map, data_bytes: data_bytes(&image)? })
+    }
+}
+
+/// What the overlays from `top` down to `behind`, which is not one of them, have written or discarded.
+fn changes(top: &Path, behind: &Path) -> Result<Vec<Range<u64>>, Error> {
+    let end = identity(behind)?;
+    let elsewhere = || {
+        let what = format!("it is not over {}", behind.display());
+        Error::Qcow2Damaged { path: top.to_owned(), what }
+    };
+    let mut overlay = Overlay::open(top)?;
+    let mut changed = Vec::new();
+    loop {
+        let own = overlay.extents().filter(|extent| extent.kind != ExtentKind::Backing);
+        changed.extend(own.map(|extent| extent.start..extent.start + extent.len));
+        let next = overlay.backing().ok_or_else(elsewhere)?.to_owned();
+        if identity(&next)? == end {
+            return Ok(changed);
+        }
+        // A raw disk is the last of a chain.
+        overlay = Overlay::open(&next).map_err(|_| elsewhere())?;
+    }
+}
+
+fn identity(path: &Path) -> Result<(u64, u64), Error> {
+    let metadata = std::fs::metadata(path).map_err(|source| Error::open(path, source))?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// The ranges widened to whole blocks, in order and apart, within the disk.
+fn whole_blocks(mut ranges: Vec<Range<u64>>, size: u64) -> Vec<Range<u64>> {
+    ranges.sort_by_key(|range| range.start);
+    let mut whole: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        let (start, end) = (range.start / BLOCK * BLOCK, range.end.next_multiple_of(BLOCK).min(size));
+        match whole.last_mut() {
+            Some(last) if start <= last.end => last.end = last.end.max(end),
+            _ => whole.push(start..end),
+        }
+    }
+    whole
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::disk::testing::{Workshop, cases, text, tool};
+    use crate::disk::{Backing, export};
+    use proptest::prelude::*;
+
+    #[test]
+    fn ranges_become_blocks() {
+        let whole = |ranges: &[Range<u64>]| whole_blocks(ranges.to_vec(), 10 * BLOCK + 512);
+        assert_eq!(whole(&[5..6, BLOCK..BLOCK + 1, 3 * BLOCK - 1..3 * BLOCK]), [0..3 * BLOCK]);
+        assert_eq!(whole(&[10 * BLOCK..10 * BLOCK + 1, 1..2]), [0..BLOCK, 10 * BLOCK..10 * BLOCK + 512]);
+        assert_eq!(whole(&[]), [0..0; 0]);
+    }
+
+    #[test]
+    fn another_disk_is_refused() {
+        let shop = Workshop::new();
+        let (base, other, top) = (shop.path("base"), shop.path("other"), shop.path("top"));
+        for path in [&base, &other] {
+            std::fs::write(path, vec![1; 1 << 20]).unwrap();
+        }
+        Overlay::create(&top, 1 << 20, Backing::Raw(&other), &[]).unwrap();
+        let draft = Draft::begin(&base, false, 1 << 20, &shop.path("out"), &Work::quiet(1)).unwrap();
+        let error = draft.finish(&top, &Work::quiet(1)).unwrap_err().to_string();
+        assert!(error.contains("it is not over"), "{error}");
+    }
+
+    proptest! {
+        #![proptest_config(cases(16))]
+        /// A draft that was finished is what an export makes: content, holes, block map, bytes of data.
+        #[test]
+        fn like_an_export(
+            pieces in proptest::collection::vec((0_u64..20_000, 1_usize..900_000, 0_u8..4), 0..8),
+            below in proptest::collection::vec((0_u64..24_000, 1_u64..3000, 0_u8..4), 0..6),
+            above in proptest::collection::vec((0_u64..24_000, 1_u64..3000, 0_u8..4), 0..6),
+            uneven in 0_u64..3, from_layer: bool,
+        ) {
+            use std::os::unix::fs::FileExt;
+            const SIZE: u64 = 24 << 20;
+            let shop = Workshop::new();
+            let base = shop.path("base");
+            let file = File::create(&base).unwrap();
+            file.set_len((10 << 20) + uneven * 1024).unwrap();
+            for (start, len, byte) in pieces {
+                let len = len.min(usize::try_from((10 << 20) - start * 512).unwrap());
+                file.write_all_at(&vec![byte; len], start * 512).unwrap();
+            }
+            let (one, two) = (shop.path("one"), shop.path("two"));
+            Overlay::create(&one, SIZE, Backing::Raw(&base), &[]).unwrap();
+            Overlay::create(&two, SIZE, Backing::Overlay(&one), &[]).unwrap();
+            let write = |disk: &Path, writes: Vec<(u64, u64, u8)>| {
+                for (start, len, byte) in writes {
+                    // 0 is a discard, which makes a hole of whole clusters.
+                    let (start, len) = (start * 1024, (len * 1024).min(SIZE - start * 1024));
+                    let command =
+                        if byte == 0 { format!("discard {start} {len}") } else { format!("write -P {byte} {start} {len}") };
+                    tool("qemu-io", &["-d", "unmap", "-f", "qcow2", "-c", &command, text(disk)]);
+                }
+            };
+            write(&one, below);
+            let work = Work::quiet(2);
+            let (behind, overlay) = if from_layer { (&one, true) } else { (&base, false) };
+            let draft = Draft::begin(behind, overlay, SIZE, &shop.path("draft"), &work).unwrap();
+            write(&two, above);
+            let finished = draft.finish(&two, &work).unwrap();
+            let exported = export(&Image::overlay(&two).unwrap(), &shop.path("export"), &work).unwrap();
+            prop_assert_eq!(&finished, &exported);
+            prop_assert!(std::fs::read(shop.path("draft")).unwrap() == std::fs::read(shop.path("export")).unwrap());
+            let map = |name: &str| BlockMap::of_raw(&shop.path(name), &work).unwrap();
+            prop_assert_eq!(map("draft"), map("export"), "as holes the filesystem has the same");
+        }
+    }
+}
