@@ -46,6 +46,8 @@ pub struct Entry {
     /// Whether nothing will take it: a newer one has its place, or it is damaged.
     pub superseded: bool,
     #[serde(skip)]
+    made: SystemTime,
+    #[serde(skip)]
     behind: Option<String>,
     #[serde(skip)]
     folder: PathBuf,
@@ -72,8 +74,8 @@ impl Store {
         for key in entries.iter().filter_map(|entry| entry.behind.clone()) {
             *dependents.entry(key).or_default() += 1;
         }
-        // The youngest of those with one key counts.
-        entries.sort_by_key(|entry| entry.age);
+        // The youngest of those with one key counts, as it does for whoever looks one up.
+        entries.sort_by_key(|entry| std::cmp::Reverse(entry.made));
         let mut seen = std::collections::BTreeSet::new();
         for entry in &mut entries {
             entry.dependents = dependents.get(&entry.key).copied().unwrap_or(0);
@@ -153,7 +155,9 @@ fn layer_entry(folder: PathBuf) -> Option<Entry> {
         Some(record) => (format!("{}: {}", record.recipe, record.name), record.backing.or(Some(record.base))),
         None => ("damaged".to_owned(), None),
     };
-    Some(Entry { superseded, ..entry(Kind::Layer, folder, mark, name, behind)? })
+    let made = folder.join(layer::RECORD).metadata().and_then(|record| record.modified());
+    let made = made.unwrap_or(SystemTime::UNIX_EPOCH);
+    Some(Entry { superseded, made, ..entry(Kind::Layer, folder, mark, name, behind)? })
 }
 
 fn entry(kind: Kind, folder: PathBuf, mark: PathBuf, name: String, behind: Option<String>) -> Option<Entry> {
@@ -167,6 +171,7 @@ fn entry(kind: Kind, folder: PathBuf, mark: PathBuf, name: String, behind: Optio
         name,
         bytes: files.iter().filter_map(|file| allocated(file).ok()).sum(),
         age: seconds(made),
+        made,
         unused: seconds(used),
         dependents: 0,
         superseded: false,

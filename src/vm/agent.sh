@@ -130,9 +130,10 @@ reseed() {
 }
 
 wake() { # NONCE EPOCH SEED
-    date -s "@$2" >/dev/null
+    date -s "@$2" >/dev/null &
     printf '%s' "$3" >/dev/urandom
     if reseeds_itself || reseed; then
+        wait
         answer "done" "$1" 0 0
     else
         answer fail "$1" "the guest can't draw new random numbers"

@@ -291,7 +291,7 @@ fn the_hosts_disk_runs_full_while_the_disk_is_written() {
     let fill = json!({ "freeze": [["fill", bench.path("out"), 0]] });
     let kiln = on_small_filesystem(&bench, "out", "size=560m", &fill);
     insta::assert_snapshot!(runs_full(&bench, kiln, "filling\nweb.failed\n"), @r#"
-    error: no space left for the block map: No space left on device (os error 28)
+    error: no space left for [BENCH]/out/.web.kiln-[RANDOM]/new/disk.raw: No space left on device (os error 28)
      |
      = log: out/web.failed/build.log
     help: free some space, or choose another place with --out or --cache-dir
