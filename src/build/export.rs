@@ -1,21 +1,23 @@
 //! `disk.raw` and its block map. What does not change any more is written while the guest still works: see
 //! [`Draft`].
 
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use super::disk_failure;
 use super::manifest::DISK;
 use super::output::Pending;
 use super::session::Session;
-use crate::disk::{self, Draft, Exported, Image, Table, Work};
+use super::{disk_failure, packages};
+use crate::disk::{self, BlockMap, Draft, Exported, Image, Table, Work};
 use crate::error::Error;
 use crate::event::Event;
 use crate::units::Size;
 
-/// The file of the block map in the output folder.
+/// The file of a block map, in the output folder and beside a layer's disk.
 const BLOCKS: &str = "blocks";
 
 /// The written disk.
@@ -23,6 +25,8 @@ pub(super) struct Export {
     pub(super) exported: Exported,
     pub(super) table: Table,
     pub(super) modes: disk::BootModes,
+    /// What dpkg has installed, where the disk shows it.
+    pub(super) packages: Option<Vec<String>>,
 }
 
 /// The disk as it was where the build began, on its way into `disk.raw`. Dropped before it is done, it is given up.
@@ -39,7 +43,14 @@ impl Early {
         let thread = std::thread::spawn(move || {
             // One thread: the guest has the processors first.
             let work = Work { threads: 1, progress: &|_, _| (), cancelled: &|| stop.load(Ordering::Relaxed) };
-            Draft::begin(&behind, overlay, size, &out, &work)
+            let noted = behind.with_file_name(BLOCKS);
+            let known = File::open(&noted).ok().and_then(|file| BlockMap::read_from(&mut BufReader::new(file)).ok());
+            let draft = Draft::begin((&behind, overlay), known.as_ref(), size, &out, &work)?;
+            if known.is_none() && overlay {
+                // For the next build that begins there. Who can't keep it hashes again.
+                let _ = note(draft.begun(), &noted);
+            }
+            Ok(draft)
         });
         Self { given_up, thread: Some(thread) }
     }
@@ -52,6 +63,14 @@ impl Early {
             None => Err(disk::Error::Cancelled),
         }
     }
+}
+
+fn note(map: &BlockMap, place: &Path) -> Result<(), disk::Error> {
+    let folder = place.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(disk::Error::BlockMapIo)?;
+    map.write_to(&mut file)?;
+    file.persist(place).map_err(|error| disk::Error::BlockMapIo(error.error))?;
+    Ok(())
 }
 
 impl Drop for Early {
@@ -86,6 +105,7 @@ pub(super) fn export(session: &Session<'_>, early: Early, pending: &Pending) -> 
         let overlay = Image::overlay(&session.overlay()).map_err(disk_failure)?;
         let table = Table::read(&overlay).map_err(disk_failure)?;
         let modes = table.boot_modes(&overlay).map_err(disk_failure)?;
-        Ok(Export { exported, table, modes })
+        let packages = packages::of_dpkg(&table, &overlay).map_err(disk_failure)?;
+        Ok(Export { exported, table, modes, packages })
     })
 }

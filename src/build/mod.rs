@@ -9,6 +9,7 @@ mod layers;
 mod log;
 pub mod manifest;
 mod output;
+mod packages;
 mod record;
 pub(crate) mod session;
 mod steps;
@@ -325,8 +326,9 @@ impl Job<'_> {
             Some(disk) => (disk, true),
             None => (self.base.disk.clone(), false),
         };
-        let early = Early::begin(behind, overlay, session.plan.disk_size.bytes(), pending);
         let mut guest = self.begin(&mut session, &mut layers, &start)?;
+        // Not before: a guest that boots has use for all processors, one that runs steps rarely.
+        let early = Early::begin(behind, overlay, session.plan.disk_size.bytes(), pending);
         session.give_network(&mut guest)?;
 
         let mut done = self.cached_steps(&session, &layers, start.done(), pending);
@@ -352,7 +354,7 @@ impl Job<'_> {
         }
         let packages = events.phase("seal", "sealing the disk", |_| String::new(), || seal(&mut session, guest))?;
         let exported = export::export(&session, early, pending)?;
-        let manifest = self.manifest(&session, &exported, done, &packages)?;
+        let manifest = self.manifest(&session, &exported, done, packages)?;
         manifest.write(&pending.path())?;
         Ok(manifest)
     }
@@ -389,9 +391,8 @@ impl Job<'_> {
         if self.growth.grows {
             session.own(&mut guest, "the larger root filesystem", session::GROW, &BTreeMap::new())?;
         }
-        // Before the layer is kept, so that whoever takes it up has both already.
+        // Before the layer is kept, so that whoever takes it up has it already.
         session.give_network(&mut guest)?;
-        session.list_packages(&mut guest)?;
         // Nothing is worth keeping more than a boot.
         layers.keep(0, started.elapsed(), Keep { memory: Some(true), log: None }, session, &mut guest)?;
         Ok(guest)
@@ -447,7 +448,7 @@ impl Job<'_> {
         session: &Session<'_>,
         export: &Export,
         steps: Vec<StepFacts>,
-        packages: &[u8],
+        packages: Vec<String>,
     ) -> Result<Manifest, Error> {
         let recipe = session.recipe;
         let bug = |error: serde_json::Error| Error::new(Exit::Bug, format!("cannot write the manifest: {error}"));
@@ -494,7 +495,7 @@ impl Job<'_> {
             },
             steps,
             phases: self.recorder.phases(),
-            packages: String::from_utf8_lossy(packages).lines().map(str::to_owned).collect(),
+            packages: export.packages.clone().unwrap_or(packages),
             tests: TestFacts::of(recipe),
             publish: PublishFacts::of(recipe),
         })
@@ -502,8 +503,8 @@ impl Job<'_> {
 }
 
 /// Takes away what the build left and what instances must not share, then stops the guest with its disk clean. The
-/// packages that are installed, one a line.
-fn seal(session: &mut Session<'_>, mut guest: Guest) -> Result<Vec<u8>, Error> {
+/// packages that are installed, unless kiln reads them from the disk.
+fn seal(session: &mut Session<'_>, mut guest: Guest) -> Result<Vec<String>, Error> {
     let packages = session.end(&mut guest)?;
     guest.freeze(Duration::from_secs(120)).map_err(|error| match error {
         vm::Error::Refused(why) => Error::new(Exit::Step, format!("the guest's disk can't be unmounted: {why}"))

@@ -36,8 +36,6 @@ pub(super) const PACKAGES: &str = include_str!("guest/packages.sh");
 
 const PACKAGES_BEGIN: &str = "kiln: packages";
 const PACKAGES_END: &str = "kiln: end of packages";
-/// Where `packages.sh` keeps the list in the guest's memory.
-const PACKAGES_LIST: &str = "/run/kiln/packages";
 
 /// Everything that starting the guest takes.
 pub(super) struct Session<'a> {
@@ -119,11 +117,6 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Lists the guest's packages: the list stays in its memory, for [`end`](Self::end) to give out.
-    pub(super) fn list_packages(&mut self, guest: &mut Guest) -> Result<(), Error> {
-        self.own(guest, "the list of packages", PACKAGES, &BTreeMap::new()).map(drop)
-    }
-
     /// The machine's arguments without names of files: see [`Spec::shape`].
     pub(super) fn shape(&self, root: &str) -> String {
         let boot = match &self.plan.boot {
@@ -198,7 +191,7 @@ impl Session<'_> {
 
     /// Ends what runs in the guest, takes away what it must not leave, and lists its packages: in one script, because
     /// each costs a tenth of a second under software emulation.
-    pub(super) fn end(&mut self, guest: &mut Guest) -> Result<Vec<u8>, Error> {
+    pub(super) fn end(&mut self, guest: &mut Guest) -> Result<Vec<String>, Error> {
         let seal = &self.recipe.seal;
         let mut env = network_environment();
         let mut keep: Vec<_> = seal.keep.iter().map(|keep| keep.as_str()).collect();
@@ -207,14 +200,14 @@ impl Session<'_> {
         }
         env.insert("KILN_KEEP".to_owned(), keep.join(" "));
         // The list comes when nothing of the steps' runs any more that could print into it.
-        let list = format!("{PACKAGES}echo '{PACKAGES_BEGIN}'\ncat {PACKAGES_LIST}\necho '{PACKAGES_END}'\n");
+        let list = format!("echo '{PACKAGES_BEGIN}'\n{PACKAGES}echo '{PACKAGES_END}'\n");
         let network = if self.network_up { NETWORK_DOWN } else { "" };
         let script = [SETTLE, &list, network, if seal.enabled { SEAL } else { "" }].concat();
         let output = self.own(guest, "the seal", &script, &env)?;
         self.network_up = false;
         let text = String::from_utf8_lossy(&output);
         let packages = text.split(PACKAGES_BEGIN).nth(1).and_then(|rest| rest.split(PACKAGES_END).next());
-        Ok(packages.unwrap_or_default().trim().as_bytes().to_vec())
+        Ok(packages.unwrap_or_default().trim().lines().map(str::to_owned).collect())
     }
 
     /// Takes the guest's network away, and what it left on the disk.

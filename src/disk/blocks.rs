@@ -83,6 +83,12 @@ impl BlockMap {
         &self.blocks
     }
 
+    /// A block's digest; `None` if it is a hole, or past the end.
+    #[must_use]
+    pub fn block(&self, index: u64) -> Option<Digest> {
+        usize::try_from(index).ok().and_then(|index| self.blocks.get(index).copied()).flatten()
+    }
+
     /// The blocks that hold data, with their indices.
     pub fn data(&self) -> impl Iterator<Item = (u64, Digest)> + '_ {
         (0..).zip(&self.blocks).filter_map(|(index, digest)| digest.map(|digest| (index, digest)))

@@ -166,6 +166,21 @@ pub(super) fn arch(table: &Table, image: &Image) -> Result<Option<Arch>, Error> 
     }
 }
 
+/// A file of the root filesystem, of at most `limit` bytes, with symbolic links followed; `None` if there is none, or
+/// kiln can't read that filesystem.
+///
+/// # Errors
+/// [`Error::Read`].
+pub fn root_file(table: &Table, image: &Image, path: &str, limit: u64) -> Result<Option<Vec<u8>>, Error> {
+    match table.find_root(image)? {
+        Some(root) if root.filesystem.kind == FilesystemKind::Ext => {
+            let file = Ext::open(image, root).and_then(|ext| ext.read(path, limit));
+            Ok(faults_only(file)?.flatten())
+        }
+        _ => Ok(None),
+    }
+}
+
 const SYSTEMD: &[&str] = &["/lib/systemd/systemd", "/usr/lib/systemd/systemd"];
 const PROGRAMS: &[&str] = &["/usr/lib/systemd/systemd", "/bin/sh", "/usr/bin/env", "/sbin/init"];
 

@@ -54,7 +54,7 @@ pub struct Exported {
 /// [`Error::Cancelled`]. A partial file is left for the caller to remove with its folder.
 pub fn export(image: &Image, out: &Path, work: &Work) -> Result<Exported, Error> {
     let file = create(out, image.size())?;
-    let exported = pass(image, Some((&file, out)), work)?;
+    let exported = pass(image, Some((&file, out)), None, work)?;
     file.sync_all().map_err(|source| Error::write(out, source))?;
     Ok(exported)
 }
@@ -73,7 +73,7 @@ impl BlockMap {
     /// # Errors
     /// [`Error::Read`], [`Error::Cancelled`].
     pub fn of_image(image: &Image, work: &Work) -> Result<Self, Error> {
-        Ok(pass(image, None, work)?.block_map)
+        Ok(pass(image, None, None, work)?.block_map)
     }
 
     /// The map of a raw disk in a file.
@@ -164,6 +164,8 @@ struct Pass<'a> {
     out: Option<(&'a File, &'a Path)>,
     /// Whether blocks may be in `out` already, from an earlier pass.
     again: bool,
+    /// The image's block map, as far as it is known already: what is in it is not hashed.
+    known: Option<&'a BlockMap>,
     work: &'a Work<'a>,
     queue: Mutex<Queue<'a>>,
     done: AtomicU64,
@@ -171,9 +173,14 @@ struct Pass<'a> {
     stop: AtomicBool,
 }
 
-pub(super) fn pass(image: &Image, out: Option<(&File, &Path)>, work: &Work) -> Result<Exported, Error> {
+pub(super) fn pass(
+    image: &Image,
+    out: Option<(&File, &Path)>,
+    known: Option<&BlockMap>,
+    work: &Work,
+) -> Result<Exported, Error> {
     let total = data_bytes(image)?;
-    let blocks = blocks(image, out, None, total, work)?;
+    let blocks = Pass::new(image, out, None, known, total, work)?.all()?;
     let data = blocks.into_iter().filter_map(|(index, digest)| Some((index, digest?)));
     Ok(Exported { block_map: BlockMap::from_data(image.size(), data), data_bytes: total })
 }
@@ -187,37 +194,7 @@ pub(super) fn rewrite(
     work: &Work,
 ) -> Result<Vec<(u64, Option<Digest>)>, Error> {
     let total = ranges.iter().map(|range| range.end - range.start).sum();
-    blocks(image, Some((file, path)), Some(ranges), total, work)
-}
-
-fn blocks(
-    image: &Image,
-    out: Option<(&File, &Path)>,
-    only: Option<&[Range<u64>]>,
-    total: u64,
-    work: &Work,
-) -> Result<Vec<(u64, Option<Digest>)>, Error> {
-    let pass = Pass {
-        image,
-        out,
-        again: only.is_some(),
-        work,
-        queue: Mutex::new(Queue::new(image, only)?),
-        done: AtomicU64::new(0),
-        total,
-        stop: AtomicBool::new(false),
-    };
-    (work.progress)(0, pass.total);
-    let results: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..work.threads.max(1)).map(|_| scope.spawn(|| pass.run())).collect();
-        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| match thread.join() {
-            Ok(result) => result,
-            Err(panic) => std::panic::resume_unwind(panic),
-        };
-        threads.into_iter().map(join).collect()
-    });
-    // A thread that stopped because another one failed has an empty result, never an error of its own.
-    Ok(results.into_iter().collect::<Result<Vec<_>, Error>>()?.into_iter().flatten().collect())
+    Pass::new(image, Some((file, path)), Some(ranges), None, total, work)?.all()
 }
 
 /// How many bytes of data there are in all.
@@ -230,7 +207,43 @@ pub(super) fn data_bytes(image: &Image) -> Result<u64, Error> {
     Ok(total)
 }
 
-impl Pass<'_> {
+impl<'a> Pass<'a> {
+    fn new(
+        image: &'a Image,
+        out: Option<(&'a File, &'a Path)>,
+        only: Option<&[Range<u64>]>,
+        known: Option<&'a BlockMap>,
+        total: u64,
+        work: &'a Work<'a>,
+    ) -> Result<Self, Error> {
+        Ok(Self {
+            image,
+            out,
+            again: only.is_some(),
+            known: known.filter(|known| known.size() == image.size()),
+            work,
+            queue: Mutex::new(Queue::new(image, only)?),
+            done: AtomicU64::new(0),
+            total,
+            stop: AtomicBool::new(false),
+        })
+    }
+
+    /// All of it: the blocks that were written, or only hashed; none for a hole.
+    fn all(&self) -> Result<Vec<(u64, Option<Digest>)>, Error> {
+        (self.work.progress)(0, self.total);
+        let results: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..self.work.threads.max(1)).map(|_| scope.spawn(|| self.run())).collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, _>| match thread.join() {
+                Ok(result) => result,
+                Err(panic) => std::panic::resume_unwind(panic),
+            };
+            threads.into_iter().map(join).collect()
+        });
+        // A thread that stopped because another one failed has an empty result, never an error of its own.
+        Ok(results.into_iter().collect::<Result<Vec<_>, Error>>()?.into_iter().flatten().collect())
+    }
+
     /// One thread: windows until there are none, or until somebody fails.
     fn run(&self) -> Result<Vec<(u64, Option<Digest>)>, Error> {
         let mut hashed = Vec::new();
@@ -276,9 +289,10 @@ impl Pass<'_> {
             let digest = if inside.is_empty() { None } else { Some(self.block(&block, inside, &mut buffer[..len])?) };
             blocks.push((block.start / BLOCK, digest));
         }
-        let bytes: u64 = match self.again {
-            true => window.range.end - window.range.start,
-            false => window.data.iter().map(|piece| piece.end - piece.start).sum(),
+        let bytes: u64 = if self.again {
+            window.range.end - window.range.start
+        } else {
+            window.data.iter().map(|piece| piece.end - piece.start).sum()
         };
         let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
         (self.work.progress)(done, self.total);
@@ -296,7 +310,8 @@ impl Pass<'_> {
             let part = &mut buffer[within(piece.start)..within(piece.end)];
             self.image.read(piece.start.max(block.start), part)?;
         }
-        let digest = Digest::of(buffer);
+        let known = self.known.and_then(|known| known.block(block.start / BLOCK));
+        let digest = known.unwrap_or_else(|| Digest::of(buffer));
         if let Some((file, path)) = self.out {
             for piece in pieces {
                 let part = &buffer[within(piece.start)..within(piece.end)];
@@ -429,7 +444,7 @@ mod tests {
         let shop = Workshop::new();
         let image = Image::new(Arc::new(vec![1; 4 << 20]), Path::new("memory")).unwrap();
         let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
-        let result = pass(&image, Some((&full, Path::new("/out/disk.raw"))), &Work::quiet(2));
+        let result = pass(&image, Some((&full, Path::new("/out/disk.raw"))), None, &Work::quiet(2));
         assert_eq!(result.unwrap_err().to_string(), "no space left for /out/disk.raw");
         std::fs::write(shop.path("out"), "precious").unwrap();
         assert!(matches!(export(&image, &shop.path("out"), &Work::quiet(1)), Err(Error::Create { .. })));

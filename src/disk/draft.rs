@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::blocks::{BLOCK, BlockMap, Digest};
+use super::blocks::{BLOCK, BlockMap};
 use super::copy::{Exported, Work, create, data_bytes, rewrite};
 use super::overlay::{ExtentKind, Overlay};
 use super::{Error, Image, copy};
@@ -21,27 +21,40 @@ pub struct Draft {
     path: PathBuf,
     behind: PathBuf,
     size: u64,
-    blocks: Vec<(u64, Digest)>,
+    begun: BlockMap,
     /// Where blocks begin that must be written again in any case.
     uneven: Option<u64>,
 }
 
 impl Draft {
     /// Writes a disk of `size` bytes to the new file `out` with what the image `behind` has: a raw disk, or an overlay
-    /// if `overlay`. Nobody may write to it meanwhile, or before [`finish`](Self::finish).
+    /// if `overlay`. Nobody may write to it meanwhile, or before [`finish`](Self::finish). What `known`, its block map,
+    /// has is not hashed again.
     ///
     /// # Errors
     /// As [`export`](super::export).
-    pub fn begin(behind: &Path, overlay: bool, size: u64, out: &Path, work: &Work) -> Result<Self, Error> {
+    pub fn begin(
+        (behind, overlay): (&Path, bool),
+        known: Option<&BlockMap>,
+        size: u64,
+        out: &Path,
+        work: &Work,
+    ) -> Result<Self, Error> {
         let image = if overlay { Image::overlay(behind)? } else { Image::raw(behind)? };
         let file = create(out, size)?;
-        let exported = copy::pass(&image, Some((&file, out)), work)?;
+        let exported = copy::pass(&image, Some((&file, out)), known, work)?;
         // Now, while there is time: what is left for the end is then little as well.
         file.sync_data().map_err(|source| Error::write(out, source))?;
         let uneven =
             (image.size() < size && !image.size().is_multiple_of(BLOCK)).then_some(image.size() / BLOCK * BLOCK);
-        let blocks = exported.block_map.data().collect();
-        Ok(Self { file, path: out.to_owned(), behind: behind.to_owned(), size, blocks, uneven })
+        let (path, behind) = (out.to_owned(), behind.to_owned());
+        Ok(Self { file, path, behind, size, begun: exported.block_map, uneven })
+    }
+
+    /// The block map of what it was made of.
+    #[must_use]
+    pub fn begun(&self) -> &BlockMap {
+        &self.begun
     }
 
     /// Makes it the disk of the overlay `top`, which must be over what the draft was made of. As
@@ -56,7 +69,7 @@ impl Draft {
         let ranges = whole_blocks(changed, self.size);
         let rewritten = rewrite(&image, (&self.file, &self.path), &ranges, work)?;
         self.file.sync_all().map_err(|source| Error::write(&self.path, source))?;
-        let mut block_map = BlockMap::from_data(self.size, self.blocks);
+        let mut block_map = BlockMap::from_data(self.size, self.begun.data());
         for (index, digest) in rewritten {
             block_map.set(index, digest);
         }
@@ -113,10 +126,13 @@ mod tests {
 
     #[test]
     fn ranges_become_blocks() {
-        let whole = |ranges: &[Range<u64>]| whole_blocks(ranges.to_vec(), 10 * BLOCK + 512);
-        assert_eq!(whole(&[5..6, BLOCK..BLOCK + 1, 3 * BLOCK - 1..3 * BLOCK]), [0..3 * BLOCK]);
-        assert_eq!(whole(&[10 * BLOCK..10 * BLOCK + 1, 1..2]), [0..BLOCK, 10 * BLOCK..10 * BLOCK + 512]);
-        assert_eq!(whole(&[]), [0..0; 0]);
+        let whole = |ranges: &[Range<u64>]| -> Vec<(u64, u64)> {
+            let whole = whole_blocks(ranges.to_vec(), 10 * BLOCK + 512);
+            whole.into_iter().map(|range| (range.start, range.end)).collect()
+        };
+        assert_eq!(whole(&[5..6, BLOCK..BLOCK + 1, 3 * BLOCK - 1..3 * BLOCK]), [(0, 3 * BLOCK)]);
+        assert_eq!(whole(&[10 * BLOCK..10 * BLOCK + 1, 1..2]), [(0, BLOCK), (10 * BLOCK, 10 * BLOCK + 512)]);
+        assert_eq!(whole(&[]), []);
     }
 
     #[test]
@@ -127,7 +143,7 @@ mod tests {
             std::fs::write(path, vec![1; 1 << 20]).unwrap();
         }
         Overlay::create(&top, 1 << 20, Backing::Raw(&other), &[]).unwrap();
-        let draft = Draft::begin(&base, false, 1 << 20, &shop.path("out"), &Work::quiet(1)).unwrap();
+        let draft = Draft::begin((&base, false), None, 1 << 20, &shop.path("out"), &Work::quiet(1)).unwrap();
         let error = draft.finish(&top, &Work::quiet(1)).unwrap_err().to_string();
         assert!(error.contains("it is not over"), "{error}");
     }
@@ -140,7 +156,7 @@ mod tests {
             pieces in proptest::collection::vec((0_u64..20_000, 1_usize..900_000, 0_u8..4), 0..8),
             below in proptest::collection::vec((0_u64..24_000, 1_u64..3000, 0_u8..4), 0..6),
             above in proptest::collection::vec((0_u64..24_000, 1_u64..3000, 0_u8..4), 0..6),
-            uneven in 0_u64..3, from_layer: bool,
+            uneven in 0_u64..3, from_layer: bool, known: bool,
         ) {
             use std::os::unix::fs::FileExt;
             const SIZE: u64 = 24 << 20;
@@ -167,7 +183,13 @@ mod tests {
             write(&one, below);
             let work = Work::quiet(2);
             let (behind, overlay) = if from_layer { (&one, true) } else { (&base, false) };
-            let draft = Draft::begin(behind, overlay, SIZE, &shop.path("draft"), &work).unwrap();
+            // As well as without it, and whoever knows only some blocks hashes the rest.
+            let known = known.then(|| {
+                let mut map = BlockMap::of_image(&if overlay { Image::overlay(behind) } else { Image::raw(behind) }.unwrap(), &work).unwrap();
+                map.set(3, None);
+                map
+            });
+            let draft = Draft::begin((behind, overlay), known.as_ref(), SIZE, &shop.path("draft"), &work).unwrap();
             write(&two, above);
             let finished = draft.finish(&two, &work).unwrap();
             let exported = export(&Image::overlay(&two).unwrap(), &shop.path("export"), &work).unwrap();

@@ -50,7 +50,7 @@ mod version;
 mod testing;
 
 pub use blocks::{BLOCK, BlockMap, Digest};
-pub use boot::{BootFiles, WhyNot, boot_files};
+pub use boot::{BootFiles, WhyNot, boot_files, root_file};
 pub use copy::{Exported, Work, export};
 pub use create::Backing;
 pub use draft::Draft;

@@ -5,6 +5,7 @@
 //! layers/KEY-RANDOM/layer.json    what it is, and what its files must be
 //! layers/KEY-RANDOM/disk.qcow2    an overlay over an earlier layer's disk, or over the base
 //! layers/KEY-RANDOM/memory.MACHINE.lz4   the running guest, for machines with this key (not every layer has one)
+//! layers/KEY-RANDOM/blocks        the disk's block map, once a build has made it
 //! layers/KEY-RANDOM/step.log      what the step printed (the booted base has none)
 //! layers/KEY-RANDOM/used          its mtime is when the layer was last used
 //! ```

@@ -222,7 +222,11 @@ fn is_ours(path: &Path) -> bool {
             _ => "",
         })
         .collect();
-    let plain = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
+    let plain = |text: &str| {
+        !text.is_empty()
+            && !text.starts_with('.')
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+    };
     let is_digest = |text: &str| text.len() == 64 && text.bytes().all(|b| b.is_ascii_hexdigit());
     match parts[..] {
         ["bases", folder, file] => is_digest(folder) && plain(file),

@@ -140,15 +140,10 @@ wake() { # NONCE EPOCH SEED
     fi
 }
 
-# Whether a process runs on files that were replaced meanwhile.
-outdated() { # PID
-    grep -q ' /.* (deleted)$' "/proc/$1/maps"
-}
-
 freeze() { # NONCE
-    # This shell may run on a libc that a step replaced. The old one's file would stay on the disk without a name, and
-    # a check of the filesystem would find it.
-    if [ "${2:-}" != fresh ] && outdated $$; then exec /bin/sh "$0" freeze "$1"; fi
+    # This shell may run on a libc that a step replaced, as kiln's settle.sh has found out. The old one's file would stay
+    # on the disk without a name, and a check of the filesystem would find it.
+    if [ "${2:-}" != fresh ] && [ -e /run/kiln/outdated ]; then exec /bin/sh "$0" freeze "$1"; fi
     { read -r _ && read -r _; } </proc/swaps && swapoff -a
     sync
     # What was mounted last goes first.
@@ -158,8 +153,9 @@ freeze() { # NONCE
     done </proc/mounts
     for place in $places; do
         # Blanks are escaped in /proc/mounts.
-        place=$(printf '%b' "$place")
-        fstrim "$place" 2>/dev/null
+        case $place in *\\*) place=$(printf '%b' "$place") ;; esac
+        # The one of the firmware, small and of a kind that can't be trimmed, need not be asked.
+        case $place in /boot/efi | /efi) ;; *) fstrim "$place" 2>/dev/null ;; esac
         umount "$place" || mount -o remount,ro "$place" || { answer fail "$1" "$place stays in use"; return; }
     done
     fstrim / || echo "kiln: fstrim / failed" >&2

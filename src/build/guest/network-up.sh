@@ -2,24 +2,28 @@
 # the resolver's file alone, and network-down.sh puts the old one back.
 card=
 for entry in /sys/class/net/*; do
-    if [ "$(cat "$entry/address" 2>/dev/null)" = "$KILN_MAC" ]; then card=${entry##*/}; fi
+    address=
+    [ ! -r "$entry/address" ] || read -r address <"$entry/address" || true
+    if [ "$address" = "$KILN_MAC" ]; then card=${entry##*/}; fi
 done
 [ -n "$card" ] || { echo "kiln: the guest's kernel has no driver for virtio-net" >&2; exit 1; }
 command -v ip >/dev/null || { echo "kiln: the guest has no \`ip\` (iproute2)" >&2; exit 1; }
-ip link set "$card" up
-ip address replace "$KILN_ADDRESS" dev "$card"
-ip route replace default via "$KILN_GATEWAY" dev "$card"
+ip -batch - <<END
+link set $card up
+address replace $KILN_ADDRESS dev $card
+route replace default via $KILN_GATEWAY dev $card
+END
 
-# On the disk, because a build may go on from the disk alone after this boot.
-saved=/var/lib/kiln-resolver
-if [ ! -d "$saved" ]; then
-    mkdir -p "$saved"
-    if [ -L /etc/resolv.conf ]; then
-        readlink /etc/resolv.conf >"$saved/link"
-    elif [ -e /etc/resolv.conf ]; then
-        cp -p /etc/resolv.conf "$saved/file"
+# On the disk, because a build may go on from the disk alone after this boot. Beside it, so that it is only renamed.
+saved=/etc/.kiln-resolv.conf
+if [ ! -e "$saved" ] && [ ! -L "$saved" ] && [ ! -e "$saved.none" ]; then
+    if [ -e /etc/resolv.conf ] || [ -L /etc/resolv.conf ]; then
+        mv /etc/resolv.conf "$saved"
+    else
+        : >"$saved.none"
     fi
 fi
-rm -f /etc/resolv.conf
+# Not through a link that a step has put there meanwhile.
+[ ! -L /etc/resolv.conf ] || rm -f /etc/resolv.conf
 # shellcheck disable=SC2153
 echo "nameserver $KILN_NAME_SERVER" >/etc/resolv.conf

@@ -4,12 +4,22 @@ keeps() { case " $KILN_KEEP " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 folders='' # emptied
 files=''   # removed; patterns are expanded at the end
 
+# Logs are emptied rather than removed: daemons expect theirs with its owner and mode.
+empty_logs() { # FOLDER
+    for log in "$1"/* "$1"/.[!.]*; do
+        if [ -L "$log" ]; then continue; fi
+        case $log in
+            *.gz | *.xz | *.zst | *.old | *.[0-9] | *-[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9])
+                if [ -f "$log" ]; then rm -f "$log"; fi
+                ;;
+        esac
+        if [ -d "$log" ]; then empty_logs "$log"; elif [ -f "$log" ] && [ -s "$log" ]; then : >"$log"; fi
+    done
+}
 if ! keeps logs; then
     folders="$folders /var/log/journal /run/log/journal /var/log/installer"
     files="$files /var/log/cloud-init.log /var/log/cloud-init-output.log /var/run/utmp"
-    # Emptied rather than removed: daemons expect theirs with its owner and mode.
-    find /var/log -xdev -type f \( \( -name '*.gz' -o -name '*.xz' -o -name '*.zst' -o -name '*.old' -o -name '*.[0-9]' \
-        -o -name '*-[0-9][0-9][0-9][0-9][0-9][0-9][0-9][0-9]' \) -delete -o -size +0 -exec sh -c 'for log; do : >"$log"; done' sh {} + \)
+    empty_logs /var/log
 fi
 if ! keeps leases; then
     folders="$folders /var/lib/dhcp /var/lib/dhclient /var/lib/dhcpcd /var/lib/dhcpcd5 /run/systemd/netif/leases"
@@ -33,9 +43,15 @@ files="$files /var/lib/systemd/random-seed /var/lib/random-seed /var/lib/systemd
 
 set --
 for folder in $folders; do
-    if [ -d "$folder" ]; then set -- "$@" "$folder"; fi
+    for entry in "$folder"/* "$folder"/.[!.]* "$folder"/..?*; do
+        if [ -e "$entry" ] || [ -L "$entry" ]; then
+            set -- "$@" "$folder"
+            break
+        fi
+    done
 done
-find "$@" -xdev -mindepth 1 -delete 2>/dev/null || true
+# From these folders on: without any, find would begin here.
+[ $# -eq 0 ] || find "$@" -xdev -mindepth 1 -delete 2>/dev/null || true
 # shellcheck disable=SC2086 # patterns
 rm -rf $files
 

@@ -2,11 +2,10 @@
 # kiln's agent goes on, in a unit of its own, and so do daemons of the boot that write nothing to the disk: ending them
 # takes longer than all the rest.
 base='' quiet='' self=''
+read -r self _ </proc/self/stat
 # After direct boot the journal is in memory, unless it is to stay.
 case " $KILN_KEEP " in *" logs "*) journalctl --flush 2>/dev/null || true ;; esac
-read -r self _ </proc/self/stat
-# After a step replaced libraries everything ends that runs on the old ones: they would stay on the disk, unnamed.
-if [ -r /run/kiln/units ] && ! grep -qs ' /.* (deleted)$' /proc/[0-9]*/maps; then
+if [ -r /run/kiln/units ]; then
     read -r base </run/kiln/units
     quiet='systemd-udevd.service systemd-resolved.service systemd-timesyncd.service systemd-logind.service'
     quiet="$quiet systemd-networkd.service systemd-userdbd.service dbus.service dbus-broker.service"
@@ -15,9 +14,10 @@ if [ -r /run/kiln/units ] && ! grep -qs ' /.* (deleted)$' /proc/[0-9]*/maps; the
 fi
 among() { case " $2 " in *" $1 "*) return 0 ;; *) return 1 ;; esac; } # WORD WORDS
 
-# The processes that have to end; `serves` is the unit of one of them, if one belongs to a service.
+# The processes that have to end; `serves` is the unit of one of them, if one belongs to a service. `maps` names the
+# files of those that go on.
 others() {
-    pids='' serves=''
+    pids='' serves='' maps="/proc/1/maps /proc/$$/maps"
     for process in /proc/[0-9]*; do
         pid=${process#/proc/}
         case $pid in 1 | "$$" | "$self") continue ;; esac
@@ -28,14 +28,27 @@ others() {
         while IFS=: read -r _ _ group; do
             case $group in */system.slice/*.service) unit=${group##*/} ;; esac
         done <"$process/cgroup" || true
-        if [ -n "$unit" ] && among "$unit" "$quiet"; then continue; fi
+        if [ -n "$unit" ] && among "$unit" "$quiet"; then
+            maps="$maps $process/maps"
+            continue
+        fi
         case $unit in '' | kernel-command-line.service | kiln-agent.service) ;; *) serves=$unit ;; esac
         pids="$pids $pid"
     done 2>/dev/null
 }
 
-# systemd is asked only if a service or a timer runs that is not of the boot: asking takes a while.
+# After a step replaced libraries whatever runs on the old ones has to end, or start again: they would stay on the disk,
+# unnamed. The agent does so itself.
 others
+outdated=''
+# shellcheck disable=SC2086 # numbers
+if grep -qs ' /.* (deleted)$' $maps; then
+    outdated=1 base='' quiet=''
+    : >/run/kiln/outdated
+    others
+fi
+
+# systemd is asked only if a service or a timer runs that is not of the boot: asking takes a while.
 ask=$serves
 [ -n "$base" ] || ask=everything
 for link in /run/systemd/units/invocation:*; do
@@ -68,5 +81,4 @@ while [ "$tries" -lt 100 ] && [ -n "$pids" ]; do
     others
 done
 
-# A systemd that runs on replaced libraries would keep the old ones on the disk, unnamed.
-if grep -qs ' /.* (deleted)$' /proc/1/maps; then systemctl daemon-reexec || true; fi
+if [ -n "$outdated" ]; then systemctl daemon-reexec || true; fi
