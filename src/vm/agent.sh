@@ -145,8 +145,8 @@ freeze() { # NONCE
     # on the disk without a name, and a check of the filesystem would find it.
     if [ "${2:-}" != fresh ] && [ -e /run/kiln/outdated ]; then exec /bin/sh "$0" freeze "$1"; fi
     { read -r _ && read -r _; } </proc/swaps && swapoff -a
-    sync
-    # What was mounted last goes first.
+    # What was mounted last goes first; the root's own part meanwhile, because each program takes a while to start.
+    { sync && fstrim / || echo "kiln: fstrim / failed" >&2; } &
     places=''
     while read -r device place _; do
         case $device:$place in /dev/*:/) ;; /dev/*) places="$place $places" ;; esac
@@ -155,10 +155,10 @@ freeze() { # NONCE
         # Blanks are escaped in /proc/mounts.
         case $place in *\\*) place=$(printf '%b' "$place") ;; esac
         # The one of the firmware, small and of a kind that can't be trimmed, need not be asked.
-        case $place in /boot/efi | /efi) ;; *) fstrim "$place" 2>/dev/null ;; esac
+        case $place in /boot/efi | /efi) ;; *) sync && fstrim "$place" 2>/dev/null ;; esac
         umount "$place" || mount -o remount,ro "$place" || { answer fail "$1" "$place stays in use"; return; }
     done
-    fstrim / || echo "kiln: fstrim / failed" >&2
+    wait
     # Read-only is as clean as unmounted; what is still open for writing allows only a freeze, whose log is replayed at
     # the next mount.
     mount -o remount,ro / || fsfreeze -f / || { answer fail "$1" "the root filesystem could not be frozen"; return; }
