@@ -201,6 +201,8 @@ case ${1:-} in
         # shellcheck disable=SC2086 # names without blanks
         mkdir -p $places
         for place in $places; do printf '[Unit]\nConditionPathExists=!/run/kiln\n' >"$place/kiln.conf"; done
+        # Of no use here, and stopped at the end of each build they would take a while: they have folders in /tmp mounted.
+        systemctl stop --no-block --quiet systemd-resolved.service systemd-timesyncd.service 2>/dev/null
         ;;
 esac
 # What runs now is the system's own, and known when the guest is settled. Booted by its own boot loader, much may be.
