@@ -68,8 +68,8 @@ pub struct Partition {
 
 impl Partition {
     /// Where it ends on the disk: the first byte after it.
-    #[must_use]
-    pub fn end(&self) -> u64 {
+    #[cfg(test)]
+    pub(super) fn end(&self) -> u64 {
         self.start + self.len
     }
 

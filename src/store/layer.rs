@@ -148,12 +148,6 @@ impl Store {
         self.root.join("layers")
     }
 
-    /// Where the disk of the layer with this key is, or will be.
-    #[must_use]
-    pub fn layer_disk(&self, key: &str) -> PathBuf {
-        self.layers().join(key).join(DISK)
-    }
-
     /// Looks a layer up and keeps it from being removed. Never fails: what can't be used is [`Lookup::Damaged`].
     #[must_use]
     pub fn layer(&self, key: &str) -> Lookup {
