@@ -4,6 +4,7 @@
 
 mod cli;
 mod failures;
+mod kills;
 mod publish;
 mod real;
 mod rehearse;
