@@ -5,10 +5,12 @@
 mod cli;
 mod failures;
 mod kills;
+mod memory;
 mod publish;
 mod real;
 mod rehearse;
 mod signals;
 mod support;
 mod tidy;
+mod verify;
 mod warm;

@@ -20,6 +20,7 @@
 //! | `qcow2`, `overlay`, `create` | our own small qcow2: write a fresh overlay, read what QEMU left |
 //! | `blocks`, `blocks_text` | the block map, its digest and its file |
 //! | `copy` | the parallel pass over data: export, map, verify |
+//! | `sum` | the plain SHA-256 of a whole disk |
 //!
 //! Architecture invariant: nothing here looks at an image other than through [`ReadAt`], so a raw base and an
 //! overlay that QEMU wrote are read by the same code.
@@ -41,6 +42,7 @@ mod overlay;
 mod probe;
 mod qcow2;
 mod root;
+mod sum;
 mod table;
 mod version;
 
@@ -57,6 +59,7 @@ pub use guid::Guid;
 pub use image::{Image, ReadAt};
 pub use overlay::{Extent, ExtentKind, Overlay};
 pub use probe::{Filesystem, FilesystemKind};
+pub use sum::sha256;
 pub use table::{Partition, PartitionKind, Patch, Scheme, Table};
 
 /// The only sector size that kiln reads and writes, in bytes.

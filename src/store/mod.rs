@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! CACHE/bases/SHA256/disk.raw   a base as a sparse raw disk, named by its image's digest
+//! CACHE/bases/SHA256/blocks     its block map as it was unpacked, for `--verify`
 //! CACHE/layers/KEY/             the disk, and perhaps the guest's memory, after a step
 //! CACHE/locks/KEY               held by the kiln that is making the layer
 //! CACHE/known/ID                digests of files that have not changed since
@@ -15,6 +16,7 @@ mod base;
 mod gc;
 mod known;
 mod layer;
+mod verify;
 
 use std::fs::File;
 use std::io;
@@ -28,6 +30,7 @@ use crate::error::Error;
 pub use base::Imported;
 pub use gc::{Entry, Kind, Limits};
 pub use layer::{Claim, DISK as LAYER_DISK, Layer, Lookup, Pending, Record};
+pub(crate) use verify::{differences, pass};
 
 /// The store in one folder.
 #[derive(Debug, Clone)]
