@@ -253,7 +253,10 @@ fn make_plan(recipe: &Recipe, base: &Imported, inputs: &[Inputs]) -> Result<(Pla
     let image = Image::raw(&base.disk).map_err(at_base)?;
     let table = Table::read(&image).map_err(at_base)?;
     let root = table.find_root(&image).map_err(at_base)?;
-    let files = disk::boot_files(&table, &image).map_err(at_base)?;
+    let files = match disk::boot_files(&table, &image).map_err(at_base)? {
+        Ok(files) => files.check().map_err(at_base)?.map(|()| files),
+        why => why,
+    };
     let arch = match &files {
         Ok(files) => Some(files.arch),
         Err(_) => table.arch(&image).map_err(at_base)?,

@@ -54,6 +54,7 @@ pub use boot::{BootFiles, WhyNot, boot_files};
 pub use copy::{Exported, Work, export};
 pub use create::Backing;
 pub use error::Error;
+pub use ext::GuestFile;
 pub use firmware::{Arch, BootModes};
 pub use guid::Guid;
 pub use image::{Image, ReadAt};

@@ -88,6 +88,7 @@ const TYPES: &[(&str, &str, &str)] = &[
         "36:10 `\"true\"`: `reboot` wants true or false, not a string; write true without quotes",
     ),
     ("reboot = true", "reboot = 1", "36:10 `1`: `reboot` wants true or false, not an integer"),
+    ("size = \"4GiB\"", "sha256 = \"ab\"", "17:10 `\"ab\"`: `sha256` wants true or false, not a string"),
     (
         "APP_ENV = \"production\"",
         "APP_ENV = 80",
