@@ -133,6 +133,12 @@ pub struct Build {
     /// If a step fails, keep the guest's disk and say how to look at it
     #[arg(long)]
     pub keep_on_error: bool,
+    /// Put the SHA-256 of the whole disk into the manifest, as sha256sum prints it
+    #[arg(long)]
+    pub sha256: bool,
+    /// Read again what is known by its size and times: the base image, the base in the cache, the disk if it is built
+    #[arg(long)]
+    pub verify: bool,
     /// Take nothing from the cache; with a step's name or number, nothing from that step on
     #[arg(long, value_name = "STEP", num_args = 0..=1, require_equals = true)]
     pub no_cache: Option<Option<String>>,

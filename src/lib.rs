@@ -39,6 +39,8 @@
 //! - Every wait for a guest also sees QEMU's death, a kernel's panic, a full host disk, a deadline and the user's
 //!   signal: they all arrive on one channel (`vm::process`).
 //! - What exists under its own name is whole: bases and output folders are written under another name and renamed.
+//! - A file counts as unchanged only while its device, inode, size, mtime and ctime do; `--verify` reads bases and output
+//!   again all the same.
 //! - A scratch or half-made folder holds a lock for as long as its kiln lives; the next kiln removes what nobody holds.
 //! - The guest is not trusted: it can't forge the end of a step, reach the host's loopback, fill kiln's memory, or
 //!   steer the user's terminal.

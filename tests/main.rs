@@ -4,10 +4,13 @@
 
 mod cli;
 mod failures;
+mod kills;
+mod memory;
 mod publish;
 mod real;
 mod rehearse;
 mod signals;
 mod support;
 mod tidy;
+mod verify;
 mod warm;

@@ -9,16 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use super::manifest::DISK;
-use super::output::Pending;
+use super::output::{BLOCKS, Pending};
 use super::session::Session;
 use super::{disk_failure, packages};
 use crate::disk::{self, BlockMap, Draft, Exported, Image, Table, Work};
 use crate::error::Error;
 use crate::event::Event;
 use crate::units::Size;
-
-/// The file of a block map, in the output folder and beside a layer's disk.
-const BLOCKS: &str = "blocks";
 
 /// The written disk.
 pub(super) struct Export {

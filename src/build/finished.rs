@@ -1,7 +1,7 @@
 //! A build that has nothing to do, because its output is there.
 
 use super::manifest::{DISK, Manifest, PublishFacts, TestFacts};
-use super::{Artifact, Fresh, Inputs, Request, from_home, make_plan, session};
+use super::{Artifact, Fresh, Inputs, Request, from_home, make_plan, session, verify};
 use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::event::Events;
@@ -32,11 +32,15 @@ pub(super) fn finished(
     if !same {
         return Ok(None);
     }
-    events.note(format!("nothing changed since `{}` was built", folder.display()));
-    Ok(Some(Artifact { folder, manifest }))
+    let artifact = Artifact { folder, manifest };
+    let artifact = verify::look_over(artifact, recipe, request, store, events, cancel)?;
+    if let Some(artifact) = &artifact {
+        events.note(format!("nothing changed since `{}` was built", artifact.folder.display()));
+    }
+    Ok(artifact)
 }
 
-/// What an output folder depends on.
+/// What an output folder depends on. Sums of its disk are not among it: they are added to a folder that lacks them.
 pub(super) fn artifact_key(recipe: &Recipe, plan: &Plan) -> String {
     let part = |name: &str, value: String| (name.to_owned(), value);
     let keep: Vec<_> = recipe.seal.keep.iter().map(|keep| keep.as_str()).collect();

@@ -31,6 +31,9 @@ pub struct Manifest {
     pub arch: String,
     /// SHA-256 over the disk's block map, in hex: the disk's identity.
     pub digest: String,
+    /// SHA-256 of the whole disk, as `sha256sum` prints it; only if it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
     /// The disk's size in bytes.
     pub size: u64,
     /// Bytes in blocks that hold data.

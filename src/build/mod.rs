@@ -14,6 +14,7 @@ mod record;
 pub(crate) mod session;
 mod steps;
 pub(crate) mod testing;
+mod verify;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -70,6 +71,10 @@ pub struct Request {
     pub keep_on_error: bool,
     /// What must not be taken from the store.
     pub fresh: Fresh,
+    /// The manifest shall have the disk's plain SHA-256.
+    pub sha256: bool,
+    /// What is known by its size and times is read again.
+    pub verify: bool,
 }
 
 /// A finished output folder.
@@ -91,6 +96,9 @@ pub fn build(request: &Request, store: &Store, events: &Events, cancel: &Cancel)
         events.emit(Event::Warning { message: warning.message.clone(), help: Some(warning.help.clone()) });
     }
     let inputs = inputs::read(&recipe, request.source_date_epoch, cancel)?;
+    if request.verify {
+        verify::base(&recipe, store, events, cancel)?;
+    }
     if let Some(artifact) = finished(&recipe, &inputs, request, store, events, cancel)? {
         return Ok(artifact);
     }
@@ -220,14 +228,18 @@ fn import_base(
                 .help("download it and name the file: image = \"FILE\""));
         }
     };
-    store.import_base(path, base.digest.as_ref(), &host.qemu_img, events, cancel).map_err(|error| {
-        if error.exit != Exit::Input || error.place.is_some() {
-            return error;
-        }
-        let digest = base.digest_span.as_ref().filter(|_| !error.notes.is_empty());
-        let place = recipe.place(digest.unwrap_or(&base.span));
-        error.at(place)
-    })
+    let imported = store.import_base(path, base.digest.as_ref(), &host.qemu_img, events, cancel);
+    imported.map_err(|error| at_base(recipe, error))
+}
+
+/// A failure of the base, with its place in the recipe.
+fn at_base(recipe: &Recipe, error: Error) -> Error {
+    if error.exit != Exit::Input || error.place.is_some() {
+        return error;
+    }
+    let digest = recipe.base.digest_span.as_ref().filter(|_| !error.notes.is_empty());
+    let place = recipe.place(digest.unwrap_or(&recipe.base.span));
+    error.at(place)
 }
 
 /// A path that begins with `~/` is in the user's home.
@@ -244,7 +256,10 @@ fn make_plan(recipe: &Recipe, base: &Imported, inputs: &[Inputs]) -> Result<(Pla
     let image = Image::raw(&base.disk).map_err(at_base)?;
     let table = Table::read(&image).map_err(at_base)?;
     let root = table.find_root(&image).map_err(at_base)?;
-    let files = disk::boot_files(&table, &image).map_err(at_base)?;
+    let files = match disk::boot_files(&table, &image).map_err(at_base)? {
+        Ok(files) => files.check().map_err(at_base)?.map(|()| files),
+        why => why,
+    };
     let arch = match &files {
         Ok(files) => Some(files.arch),
         Err(_) => table.arch(&image).map_err(at_base)?,
@@ -354,7 +369,12 @@ impl Job<'_> {
         }
         let packages = events.phase("seal", "sealing the disk", |_| String::new(), || seal(&mut session, guest))?;
         let exported = export::export(&session, early, pending)?;
-        let manifest = self.manifest(&session, &exported, done, packages)?;
+        let sha256 = verify::wants_sum(session.recipe, self.request).then(|| {
+            let image = Image::raw(&pending.path().join(DISK)).map_err(disk_failure)?;
+            verify::sum(&image, events, session.cancel)
+        });
+        let sha256 = sha256.transpose()?;
+        let manifest = Manifest { sha256, ..self.manifest(&session, &exported, done, packages)? };
         manifest.write(&pending.path())?;
         Ok(manifest)
     }
@@ -469,6 +489,7 @@ impl Job<'_> {
             description: recipe.description.clone(),
             arch: recipe.base.arch.as_str().to_owned(),
             digest: export.exported.block_map.digest().to_string(),
+            sha256: None,
             size: export.exported.block_map.size(),
             data_bytes: export.exported.block_map.data_bytes(),
             block_size: BLOCK,

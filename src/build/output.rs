@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
-use super::manifest;
+use super::manifest::{self, Manifest};
 use crate::error::{Error, Exit};
 use crate::store::{self, Scratch};
 
@@ -13,6 +13,8 @@ use crate::store::{self, Scratch};
 pub(super) const BUILD_LOG: &str = "build.log";
 /// A failed guest's disk among its logs.
 pub(super) const FAILED_DISK: &str = "failed-disk.raw";
+/// The disk's block map in the output folder.
+pub(super) const BLOCKS: &str = "blocks";
 /// What was published from the output folder.
 const PUBLISHED: &str = "published.json";
 
@@ -78,6 +80,20 @@ impl Pending {
         fs_err::rename(&new, &self.failed)?;
         Ok(self.failed.clone())
     }
+}
+
+/// Writes the manifest of an output folder of `parent` anew: at no moment is there none, or half of one.
+pub(super) fn rewrite_manifest(parent: &Path, folder: &Path, manifest: &Manifest) -> Result<(), Error> {
+    let fail = |error: io::Error| Error::io("cannot write the manifest", &error);
+    let prefix = format!(".{}.kiln-", manifest.name);
+    store::sweep(parent, &prefix);
+    let scratch = store::locked_folder(parent, &prefix).map_err(fail)?;
+    manifest.write(scratch.path())?;
+    let fresh = scratch.path().join(manifest::FILE);
+    std::fs::File::open(&fresh).and_then(|file| file.sync_all()).map_err(fail)?;
+    std::fs::rename(fresh, folder.join(manifest::FILE)).map_err(fail)?;
+    let _ = std::fs::File::open(folder).and_then(|folder| folder.sync_all());
+    Ok(())
 }
 
 /// A folder of the user's own must not be taken for a build's output.

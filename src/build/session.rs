@@ -167,12 +167,11 @@ impl Session<'_> {
             Error::new(Exit::Input, format!("the disk can't be booted directly any more: {why}"))
                 .help("set [machine] boot = \"firmware\"")
         })?;
-        let failed = |error: std::io::Error| Error::io("cannot keep the guest's kernel", &error);
         let kernel = self.scratch.join("kernel");
-        fs_err::write(&kernel, &files.kernel).map_err(failed)?;
+        files.kernel.copy_to(&kernel).map_err(super::disk_failure)?;
         let initrd = files.initrd.as_ref().map(|_| self.scratch.join("initrd"));
-        if let (Some(path), Some(bytes)) = (&initrd, &files.initrd) {
-            fs_err::write(path, bytes).map_err(failed)?;
+        if let (Some(path), Some(file)) = (&initrd, &files.initrd) {
+            file.copy_to(path).map_err(super::disk_failure)?;
         }
         self.events.detail(format!("kernel {} with {}", files.kernel_path, files.root));
         Ok(Boot::Direct { kernel, initrd, command_line: command_line(&files.root) })

@@ -119,6 +119,8 @@ fn build(context: &Context<'_>, arguments: Build) -> Result<(), Error> {
             Some(None) => Fresh::All,
             Some(Some(step)) => Fresh::From(step),
         },
+        sha256: arguments.sha256,
+        verify: arguments.verify,
     };
     let artifact = build::build(&request, &context.store()?, &context.ui.events(), context.cancel)?;
     let json = json!({ "folder": artifact.folder, "manifest": artifact.manifest });

@@ -1,6 +1,6 @@
 //! Kernel and initrd, read out of a disk: what QEMU needs to boot it directly.
 
-use super::ext::{Ext, Unread};
+use super::ext::{Ext, GuestFile, Unread};
 use super::firmware::{elf_arch, faults_only, kernel_arch};
 use super::guid::XBOOTLDR;
 use super::table::{Partition, Table};
@@ -15,12 +15,12 @@ const INITRD_LIMIT: u64 = 1 << 30;
 const FSTAB_LIMIT: u64 = 1 << 20;
 
 /// What a direct boot needs.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct BootFiles {
     /// The kernel.
-    pub kernel: Vec<u8>,
+    pub kernel: GuestFile,
     /// The initrd that belongs to it, if the disk has one.
-    pub initrd: Option<Vec<u8>>,
+    pub initrd: Option<GuestFile>,
     /// The kernel's version, as its file's name says it; empty if the name says none.
     pub version: String,
     /// The value of the kernel's `root=`: `UUID=…`; without an initrd `PARTUUID=…`, as a kernel alone knows no UUIDs.
@@ -33,6 +33,8 @@ pub struct BootFiles {
     pub kernel_path: String,
     /// Where the initrd was found, as a path in the guest.
     pub initrd_path: Option<String>,
+    /// Of the filesystem that both are in.
+    mount_point: &'static str,
 }
 
 impl fmt::Debug for BootFiles {
@@ -43,6 +45,22 @@ impl fmt::Debug for BootFiles {
             .field("root", &self.root)
             .field("arch", &self.arch)
             .finish_non_exhaustive()
+    }
+}
+
+impl BootFiles {
+    /// Reads both files to see that this can be done.
+    ///
+    /// # Errors
+    /// As [`boot_files`].
+    pub fn check(&self) -> Result<Result<(), WhyNot>, Error> {
+        let mount_point = self.mount_point;
+        let mut files = [Some(&self.kernel), self.initrd.as_ref()].into_iter().flatten();
+        match files.try_for_each(GuestFile::check) {
+            Ok(()) => Ok(Ok(())),
+            Err(Unread::Fault(error)) => Err(error),
+            Err(Unread::Filesystem(reason)) => Ok(Err(WhyNot::Unreadable { mount_point, reason })),
+        }
     }
 }
 
@@ -134,7 +152,7 @@ struct Found<'a> {
     arch: Arch,
 }
 
-/// Reads the kernel that the boot loader would start, and its initrd.
+/// Finds the kernel that the boot loader would start, and its initrd.
 ///
 /// They come from the root filesystem, or from the partition that the root's `/etc/fstab` mounts on `/boot`. Of
 /// several kernels, the newest by `sort -V`, as GRUB's menu generator orders them, but no rescue kernels and leftovers.
@@ -284,9 +302,9 @@ fn initrd(boot: &Ext, kernel: &str, version: &str) -> Result<Option<String>, Unr
 fn load(found: &Found) -> Result<BootFiles, Stop> {
     let mount_point = if found.mounted.is_empty() { "/" } else { "/boot" };
     let unread = Stop::at(mount_point);
-    let kernel = found.boot.read(&found.kernel, KERNEL_LIMIT).map_err(&unread)?.ok_or(WhyNot::NoKernel)?;
-    let initrd = found.initrd.as_ref().map(|path| found.boot.read(path, INITRD_LIMIT));
-    let initrd = initrd.transpose().map_err(&unread)?.flatten();
+    let kernel = found.boot.file(&found.kernel, KERNEL_LIMIT).map_err(&unread)?;
+    let initrd = found.initrd.as_ref().map(|path| found.boot.file(path, INITRD_LIMIT));
+    let initrd = initrd.transpose().map_err(&unread)?;
     let guest_path = |path: &String| format!("{}{path}", found.mounted);
     Ok(BootFiles {
         root: root_argument(found.root, initrd.is_some()),
@@ -297,6 +315,7 @@ fn load(found: &Found) -> Result<BootFiles, Stop> {
         arch: found.arch,
         kernel_path: guest_path(&found.kernel),
         initrd_path: found.initrd.as_ref().map(guest_path),
+        mount_point,
     })
 }
 
@@ -347,7 +366,15 @@ mod tests {
     impl Guest {
         fn boot(&self) -> Result<BootFiles, WhyNot> {
             let image = Image::raw(&self.disk).unwrap();
-            boot_files(&Table::read(&image).unwrap(), &image).unwrap()
+            let files = boot_files(&Table::read(&image).unwrap(), &image).unwrap()?;
+            files.check().unwrap().map(|()| files)
+        }
+
+        /// What a file that was found holds.
+        fn content(&self, file: &GuestFile) -> Vec<u8> {
+            let copy = self.shop.path("copy");
+            file.copy_to(&copy).unwrap();
+            std::fs::read(copy).unwrap()
         }
 
         fn with_boot(self, files: &[(&str, &[u8])]) -> Self {
@@ -371,7 +398,7 @@ mod tests {
             ("boot/initrd.img-6.1.0-18-cloud-amd64", b"new"),
         ]);
         let files = guest.boot().unwrap();
-        assert_eq!((files.kernel, files.initrd.as_deref()), (new, Some(&b"new"[..])));
+        assert_eq!((guest.content(&files.kernel), guest.content(&files.initrd.unwrap())), (new, b"new".to_vec()));
         assert_eq!((files.version.as_str(), files.root), ("6.1.0-18-cloud-amd64", format!("UUID={ROOT}")));
         assert_eq!((files.filesystem, files.arch), (FilesystemKind::Ext, Arch::X86_64));
         assert_eq!(files.kernel_path, "/boot/vmlinuz-6.1.0-18-cloud-amd64");
@@ -405,8 +432,10 @@ mod tests {
             let tree: Vec<(&str, &[u8])> =
                 SYSTEM.into_iter().chain([("etc/fstab", fstab.as_bytes()), ("boot/vmlinuz-9", &stale[..])]).collect();
             guest.shop.ext4(&guest.disk, MIB, 20 * MIB, &["-U", ROOT], &tree);
-            let found = guest.with_boot(&files).boot().unwrap_or_else(|why| panic!("{name}: {why}"));
-            assert_eq!((found.kernel, found.initrd.as_deref()), (kernel.clone(), Some(&b"ramfs"[..])), "{name}");
+            let guest = guest.with_boot(&files);
+            let found = guest.boot().unwrap_or_else(|why| panic!("{name}: {why}"));
+            assert_eq!(guest.content(&found.kernel), kernel, "{name}");
+            assert_eq!(guest.content(found.initrd.as_ref().unwrap()), b"ramfs", "{name}");
             assert_eq!(found.kernel_path, "/boot/vmlinuz-5.14.0-70.el9.x86_64");
             assert_eq!(found.root, format!("UUID={ROOT}"));
         }
@@ -430,8 +459,8 @@ mod tests {
             ("boot/ramdisk", b"ram"),
         ]);
         let files = guest.boot().unwrap();
-        assert_eq!((files.version.as_str(), files.kernel), ("6.9.1-arch", kernel));
-        assert_eq!(files.initrd.as_deref(), Some(&b"ram"[..]));
+        assert_eq!((files.version.as_str(), guest.content(&files.kernel)), ("6.9.1-arch", kernel));
+        assert_eq!(guest.content(&files.initrd.unwrap()), b"ram");
     }
 
     #[test]
@@ -457,16 +486,16 @@ mod tests {
     #[test]
     fn why_not() {
         let kernel = bzimage(6);
-        assert_eq!(guest(&[]).boot(), Err(WhyNot::NoKernel));
+        assert_eq!(guest(&[]).boot().unwrap_err(), WhyNot::NoKernel);
         let foreign = guest(&[("boot/vmlinuz-1", b"not a kernel")]).boot().unwrap_err();
         assert_eq!(foreign.to_string(), "/boot/vmlinuz-1 is a kernel for neither x86_64 nor aarch64");
 
         let guest = guest(&[]);
         let bare = [("boot/vmlinuz-1", &kernel[..])];
         guest.shop.ext4(&guest.disk, MIB, 20 * MIB, &["-L", "x"], &[]);
-        assert_eq!(guest.boot(), Err(WhyNot::NoSystemd));
+        assert_eq!(guest.boot().unwrap_err(), WhyNot::NoSystemd);
         guest.shop.ext4(&guest.disk, 21 * MIB, 20 * MIB, &["-L", "x"], &bare);
-        assert_eq!(guest.boot(), Err(WhyNot::NoSystemd));
+        assert_eq!(guest.boot().unwrap_err(), WhyNot::NoSystemd);
         poke(&guest.disk, MIB, b"LUKS\xba\xbe");
         assert_eq!(guest.boot().unwrap_err().to_string(), "/ is encrypted (LUKS)");
         poke(&guest.disk, MIB, b"XFSB\0\0");

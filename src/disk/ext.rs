@@ -6,6 +6,9 @@
 use super::table::Partition;
 use super::{Error, Image};
 use ext4_view::{Ext4, Ext4Error, Ext4Read};
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
 
 /// Why a file was not read.
 #[derive(Debug)]
@@ -20,6 +23,35 @@ pub(super) enum Unread {
 #[derive(Clone)]
 pub(super) struct Ext {
     fs: Ext4,
+}
+
+/// A file in a guest's filesystem. It may be large: it is never in memory whole.
+#[derive(Clone)]
+pub struct GuestFile {
+    ext: Ext,
+    path: String,
+}
+
+impl GuestFile {
+    /// Writes it to the host's file `out`, which is made anew.
+    ///
+    /// # Errors
+    /// [`Error::Read`], also if the filesystem is damaged; [`Error::Create`], [`Error::Write`], [`Error::NoSpace`].
+    pub fn copy_to(&self, out: &Path) -> Result<(), Error> {
+        let file = File::create(out).map_err(|source| Error::create(out, source))?;
+        let mut writer = BufWriter::with_capacity(1 << 20, file);
+        let written = |result: io::Result<()>| result.map_err(|source| Error::write(out, source));
+        self.ext.pieces(&self.path, |piece| written(writer.write_all(piece))).map_err(|unread| match unread {
+            Unread::Fault(error) => error,
+            Unread::Filesystem(why) => Error::read(Path::new(&self.path), 0, io::Error::other(why)),
+        })?;
+        written(writer.flush())
+    }
+
+    /// Reads it to see that this can be done.
+    pub(super) fn check(&self) -> Result<(), Unread> {
+        self.ext.pieces(&self.path, |_| Ok(()))
+    }
 }
 
 /// The filesystem's view of the disk: its partition and no more.
@@ -108,6 +140,25 @@ impl Ext {
             return Err(Unread::Filesystem(format!("{path} has {len} bytes, more than the {limit} expected")));
         }
         Ok(Some(self.fs.read(path)?))
+    }
+
+    /// Hands out the whole file piece by piece.
+    fn pieces(&self, path: &str, mut take: impl FnMut(&[u8]) -> Result<(), Error>) -> Result<(), Unread> {
+        let mut file = self.fs.open(path)?;
+        let mut buffer = vec![0; 64 << 10];
+        while let read @ 1.. = file.read_bytes(&mut buffer)? {
+            take(&buffer[..read]).map_err(Unread::Fault)?;
+        }
+        Ok(())
+    }
+
+    /// A file, which must not be longer than `limit` bytes, to be read later.
+    pub(super) fn file(&self, path: &str, limit: u64) -> Result<GuestFile, Unread> {
+        let len = self.fs.metadata(path)?.len();
+        if len > limit {
+            return Err(Unread::Filesystem(format!("{path} has {len} bytes, more than the {limit} expected")));
+        }
+        Ok(GuestFile { ext: self.clone(), path: path.to_owned() })
     }
 
     /// The first bytes of a file, at most `len`.

@@ -12,12 +12,6 @@ impl Guid {
         let b = value.to_be_bytes();
         Self([b[3], b[2], b[1], b[0], b[5], b[4], b[7], b[6], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]])
     }
-
-    /// All zeros: an unused entry.
-    #[must_use]
-    pub fn is_nil(&self) -> bool {
-        self.0 == [0; 16]
-    }
 }
 
 /// Lower case with dashes, as Linux writes it in `PARTUUID=`.
@@ -74,7 +68,6 @@ mod tests {
         assert_eq!(ESP.0[..6], [0x28, 0x73, 0x2a, 0xc1, 0x1f, 0xf8]);
         // The BIOS boot partition's GUID spells this in its bytes.
         assert_eq!(&BIOS_BOOT.0, b"Hah!IdontNeedEFI");
-        assert!(Guid([0; 16]).is_nil());
     }
 
     #[test]

@@ -21,6 +21,7 @@
 //! | `blocks`, `blocks_text` | the block map, its digest and its file |
 //! | `copy` | the parallel pass over data: export, map, verify |
 //! | `draft` | an export that begins before the disk is done |
+//! | `sum` | the plain SHA-256 of a whole disk |
 //!
 //! Architecture invariant: nothing here looks at an image other than through [`ReadAt`], so a raw base and an
 //! overlay that QEMU wrote are read by the same code.
@@ -43,6 +44,7 @@ mod overlay;
 mod probe;
 mod qcow2;
 mod root;
+mod sum;
 mod table;
 mod version;
 
@@ -55,11 +57,13 @@ pub use copy::{Exported, Work, export};
 pub use create::Backing;
 pub use draft::Draft;
 pub use error::Error;
+pub use ext::GuestFile;
 pub use firmware::{Arch, BootModes};
 pub use guid::Guid;
 pub use image::{Image, ReadAt};
 pub use overlay::{Extent, ExtentKind, Overlay};
 pub use probe::{Filesystem, FilesystemKind};
+pub use sum::sha256;
 pub use table::{Partition, PartitionKind, Patch, Scheme, Table};
 
 /// The only sector size that kiln reads and writes, in bytes.

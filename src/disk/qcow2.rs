@@ -81,7 +81,6 @@ pub(super) struct Header {
     pub(super) size: u64,
     pub(super) l1_entries: u64,
     pub(super) l1_offset: u64,
-    pub(super) dirty: bool,
     pub(super) backing: Option<PathBuf>,
     pub(super) backing_format: Option<String>,
 }
@@ -120,7 +119,6 @@ impl Header {
             size,
             l1_entries,
             l1_offset: u64_at(first, 40),
-            dirty: u64_at(first, 72) & DIRTY != 0,
             backing: (!backing.as_os_str().is_empty()).then_some(backing),
             backing_format: backing_format(first),
         })

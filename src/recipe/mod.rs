@@ -250,6 +250,8 @@ pub struct Disk {
     pub size: Option<Size>,
     /// Of the value of `size`.
     pub span: Option<Range<usize>>,
+    /// Whether the manifest shall have the disk's plain SHA-256.
+    pub sha256: bool,
 }
 
 /// One `[[provision]]`.

@@ -219,8 +219,9 @@ fn machine(top: &Fields<'_>) -> Machine {
 }
 
 fn disk(top: &Fields<'_>) -> Disk {
-    let size = top.table("disk", "[disk]", &["size"]).and_then(|fields| fields.size("size"));
-    let Some(found) = size else { return Disk::default() };
+    let Some(fields) = top.table("disk", "[disk]", &["size", "sha256"]) else { return Disk::default() };
+    let sha256 = fields.boolean("sha256").is_some_and(|found| found.value);
+    let Some(found) = fields.size("size") else { return Disk { sha256, ..Disk::default() } };
     let size = found.value;
     if size > LARGEST_DISK {
         let help = format!("the largest volume has {LARGEST_DISK}");
@@ -229,7 +230,7 @@ fn disk(top: &Fields<'_>) -> Disk {
         let help = format!("write `size = \"{}GiB\"`", (size.ceil_gib().bytes() / GIB).max(1));
         top.reader.refuse(&found.origin, "a disk has whole GiB, as AWS counts volumes in them", Some(help));
     }
-    Disk { size: Some(size), span: Some(found.origin.span) }
+    Disk { size: Some(size), span: Some(found.origin.span), sha256 }
 }
 
 fn environment(top: &Fields<'_>) -> BTreeMap<String, String> {

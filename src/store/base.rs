@@ -101,7 +101,7 @@ impl Store {
         Ok(self.unpacked(sha256))
     }
 
-    fn unpacked(&self, sha256: String) -> Option<Imported> {
+    pub(super) fn unpacked(&self, sha256: String) -> Option<Imported> {
         let folder = self.root.join("bases").join(&sha256);
         let disk = folder.join("disk.raw");
         let in_use = File::open(folder.join(FORMAT)).ok()?;
@@ -112,7 +112,7 @@ impl Store {
     }
 
     /// The file's SHA-256, once its digest is what it should be.
-    fn check_digest(
+    pub(super) fn check_digest(
         &self,
         image: &Path,
         file: &mut File,
@@ -186,9 +186,9 @@ impl Store {
             let message = format!("the base image `{}` holds no disk that can be read", image.display());
             Error::new(Exit::Input, message).help("download it again and compare its digest with the publisher's")
         })?;
+        super::verify::sync_and_note(&raw, &fresh, "import-base", events, cancel)?;
         fs_err::write(fresh.join("format"), &info.format).map_err(io_failed)?;
         let disk = fs_err::OpenOptions::new().write(true).open(&raw).map_err(io_failed)?;
-        disk.sync_all().map_err(io_failed)?;
         // Overlays rely on it byte for byte.
         let mut permissions = disk.metadata().map_err(io_failed)?.permissions();
         permissions.set_readonly(true);

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::layer::{self, Record};
 use super::{Store, allocated, base};
-use crate::error::Error;
+use crate::error::{Error, Exit};
 
 /// How much stays unless somebody says otherwise: the layers of a dozen recipes.
 const DEFAULT_KEEP: u64 = 20 << 30;
@@ -117,6 +117,36 @@ impl Store {
             }
             removed.push(entry);
         }
+    }
+}
+
+impl Store {
+    /// Removes a damaged base, and the layers that were made on it.
+    ///
+    /// # Errors
+    /// When something of it is in use, or can't be removed.
+    pub(super) fn discard_base(&self, sha256: &str) -> Result<(), Error> {
+        let (mut doomed, mut rest): (Vec<_>, Vec<_>) =
+            self.entries().into_iter().partition(|entry| entry.kind == Kind::Base && entry.key == sha256);
+        loop {
+            let on_doomed = |entry: &Entry| doomed.iter().any(|below| entry.behind.as_ref() == Some(&below.key));
+            let (more, others): (Vec<_>, Vec<_>) = rest.into_iter().partition(on_doomed);
+            rest = others;
+            if more.is_empty() {
+                break;
+            }
+            doomed.extend(more);
+        }
+        // What nothing is built on comes last.
+        for entry in doomed.iter().rev() {
+            if !remove(self, entry)? {
+                let message = format!("the damaged base can't be removed: another kiln is using {}", entry.name);
+                return Err(
+                    Error::new(Exit::Host, message).help("wait until that has ended, and build again with --verify")
+                );
+            }
+        }
+        Ok(())
     }
 }
 

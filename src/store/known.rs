@@ -105,6 +105,13 @@ impl Store {
         File::open(disk).is_ok_and(|file| self.known(&file).is_some_and(|known| known.sha256 == digest))
     }
 
+    /// Makes `file` unknown.
+    pub(super) fn forget(&self, file: &File) {
+        if let Ok(identity) = Identity::of(file) {
+            let _ = std::fs::remove_file(self.known_path(&identity));
+        }
+    }
+
     fn known_path(&self, identity: &Identity) -> PathBuf {
         let name = Sha256::digest(format!("{} {}", identity.device, identity.inode));
         self.root.join("known").join(&hex(&name)[..32])

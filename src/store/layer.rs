@@ -312,7 +312,7 @@ impl Pending {
     }
 }
 
-fn same_file(path: &Path, file: &File) -> bool {
+pub(super) fn same_file(path: &Path, file: &File) -> bool {
     use std::os::unix::fs::MetadataExt;
     match (path.metadata(), file.metadata()) {
         (Ok(there), Ok(here)) => (there.dev(), there.ino()) == (here.dev(), here.ino()),

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! CACHE/bases/SHA256/disk.raw   a base as a sparse raw disk, named by its image's digest
+//! CACHE/bases/SHA256/blocks     its block map as it was unpacked, for `--verify`
 //! CACHE/layers/KEY-RANDOM/      the disk, and perhaps the guest's memory, after a step
 //! CACHE/locks/KEY               held by the kiln that is making the layer
 //! CACHE/known/ID                digests of files that have not changed since
@@ -16,10 +17,12 @@ mod gc;
 mod known;
 mod layer;
 mod transfer;
+mod verify;
 
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::FlockOperation;
 
@@ -29,6 +32,7 @@ pub use base::Imported;
 pub use gc::{Entry, Kind, Limits};
 pub use layer::{Claim, DISK as LAYER_DISK, Layer, Lookup, Pending, Record};
 pub use transfer::Transferred;
+pub(crate) use verify::{differences, pass};
 
 /// The store in one folder.
 #[derive(Debug, Clone)]
@@ -52,6 +56,8 @@ impl Scratch {
 }
 
 const LOCK: &str = "lock";
+/// No small file takes this long to be written.
+const STALE: Duration = Duration::from_secs(3600);
 
 impl Store {
     /// The store in `folder`, made if it is missing.
@@ -87,13 +93,36 @@ impl Store {
     pub fn scratch(&self) -> Result<Scratch, Error> {
         let work = self.root.join("work");
         sweep(&work, "kiln-");
+        self.sweep_files();
         locked_folder(&work, "kiln-")
             .map_err(|error| Error::io(format!("cannot write to `{}`", work.display()), &error))
+    }
+
+    /// Removes locks that killed kilns held, and small files that they were writing.
+    fn sweep_files(&self) {
+        let files = |folder: &str| std::fs::read_dir(self.root.join(folder)).into_iter().flatten().flatten();
+        for path in files("locks").map(|entry| entry.path()) {
+            // Removed while it is held, as its holder does.
+            if let Ok(lock) = File::open(&path)
+                && rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
+                && layer::same_file(&path, &lock)
+            {
+                let _ = std::fs::remove_file(path);
+            }
+        }
+        let begun = |entry: &std::fs::DirEntry| entry.file_name().to_string_lossy().starts_with(".tmp");
+        for entry in files("known").filter(begun) {
+            let written = entry.metadata().and_then(|metadata| metadata.modified());
+            if written.is_ok_and(|written| written.elapsed().is_ok_and(|age| age > STALE)) {
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
     }
 }
 
 /// Makes a folder with a lock in it that is held for as long as the returned value lives.
 pub(crate) fn locked_folder(parent: &Path, prefix: &str) -> io::Result<Scratch> {
+    let _making = making(parent)?;
     let folder = tempfile::Builder::new().prefix(prefix).tempdir_in(parent)?;
     // Locked before it has its name: whoever sees a lock that nobody holds may remove the folder.
     let fresh = folder.path().join("lock.new");
@@ -103,16 +132,37 @@ pub(crate) fn locked_folder(parent: &Path, prefix: &str) -> io::Result<Scratch> 
     Ok(Scratch { folder, _lock: lock })
 }
 
+/// Keeps others from taking a folder without a lock for one that was left behind. They look for a moment only: whoever
+/// else has locked the folder, for reasons of their own, is not waited for.
+fn making(parent: &Path) -> io::Result<File> {
+    let parent = File::open(parent)?;
+    for _ in 0..20 {
+        if rustix::fs::flock(&parent, FlockOperation::NonBlockingLockShared).is_ok() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(parent)
+}
+
 /// Removes folders of [`locked_folder`] whose owner is gone.
 pub(crate) fn sweep(parent: &Path, prefix: &str) {
-    let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
-    for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix)) {
-        let lock = File::open(entry.path().join(LOCK));
-        // A folder without a lock file may be one whose owner is just making it.
-        if lock.is_ok_and(|lock| rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()) {
-            let _ = std::fs::remove_dir_all(entry.path());
-        }
+    for folder in left_behind(parent, prefix) {
+        let _ = std::fs::remove_dir_all(folder);
     }
+}
+
+fn left_behind(parent: &Path, prefix: &str) -> Vec<PathBuf> {
+    let Ok(making) = File::open(parent) else { return Vec::new() };
+    let nobody_makes_one = rustix::fs::flock(&making, FlockOperation::NonBlockingLockExclusive).is_ok();
+    let dead = |folder: &PathBuf| match File::open(folder.join(LOCK)) {
+        Ok(lock) => rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok(),
+        // Its owner was killed while making it, or while removing it; or is removing it right now.
+        Err(error) => error.kind() == io::ErrorKind::NotFound && nobody_makes_one,
+    };
+    let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
+    let named = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(prefix));
+    named.map(|entry| entry.path()).filter(dead).collect()
 }
 
 /// Bytes that a user may still write to the filesystem of `path`.
@@ -145,11 +195,38 @@ mod tests {
         let dead = folder.path().join("work/kiln-dead");
         std::fs::create_dir(&dead).unwrap();
         std::fs::write(dead.join(LOCK), "").unwrap();
+        let half = folder.path().join("work/kiln-half");
+        std::fs::create_dir(&half).unwrap();
+        let making = File::open(folder.path().join("work")).unwrap();
+        rustix::fs::flock(&making, FlockOperation::LockShared).unwrap();
+        drop(store.scratch().unwrap());
+        assert!(half.exists() && !dead.exists(), "somebody may be making it");
+        drop(making);
         let second = store.scratch().unwrap();
-        assert!(!dead.exists());
+        assert!(!half.exists());
         assert!(living.path().exists() && second.path().exists());
         let path = living.path().to_owned();
         drop(living);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn files_of_the_dead_are_swept_too() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(folder.path()).unwrap();
+        let claim = store.claim("held", &crate::event::Events::none(), &crate::cancel::Cancel::default()).unwrap();
+        let path = |name: &str| folder.path().join(name);
+        for name in ["locks/dead", "known/.tmpnew", "known/.tmpold", "known/old"] {
+            std::fs::write(path(name), "").unwrap();
+        }
+        for name in ["known/.tmpold", "known/old"] {
+            let file = File::options().write(true).open(path(name)).unwrap();
+            file.set_modified(std::time::SystemTime::now() - 2 * STALE).unwrap();
+        }
+        drop(store.scratch().unwrap());
+        let left =
+            ["locks/held", "locks/dead", "known/.tmpnew", "known/.tmpold", "known/old"].map(|name| path(name).exists());
+        assert_eq!(left, [true, false, true, false, true]);
+        drop(claim);
     }
 }

@@ -145,21 +145,9 @@ impl Machine {
         Ok(machine)
     }
 
-    /// QEMU's process id.
-    #[must_use]
-    pub fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     /// What a person types goes here; `None` unless the machine was launched interactive.
     pub fn console_input(&mut self) -> Option<ChildStdin> {
         self.console_input.take()
-    }
-
-    /// The console's last lines.
-    #[must_use]
-    pub fn console_tail(&self) -> String {
-        self.console.tail()
     }
 
     /// Whether the console said since the last call that the kernel ended a process for lack of memory.

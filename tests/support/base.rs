@@ -15,6 +15,8 @@ pub(crate) enum Base {
     Mbr,
     /// As `Mbr` without systemd: only its boot loader can start it.
     Firmware,
+    /// As `Direct`, with an initrd of 128 MiB, which has a hole for all but a word.
+    LargeInitrd,
     /// As `Direct`, with this many MiB of data.
     Large(u64),
 }
@@ -39,6 +41,10 @@ pub(crate) fn write_base(path: &Path, base: Base) {
     write("etc/os-release", b"ID=fake\n");
     write("boot/vmlinuz-6.1.0-1-amd64", &kernel());
     write("boot/initrd.img-6.1.0-1-amd64", b"initrd");
+    if base == Base::LargeInitrd {
+        let initrd = tree.path().join("boot/initrd.img-6.1.0-1-amd64");
+        std::fs::File::options().write(true).open(initrd).unwrap().set_len(128 * MIB).unwrap();
+    }
     if base != Base::Firmware {
         write("usr/lib/systemd/systemd", b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0");
     }

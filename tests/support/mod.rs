@@ -171,6 +171,18 @@ impl Bench {
         self.assert_no_qemu();
     }
 
+    /// Whether a fake QEMU that has left a trace still runs.
+    pub(crate) fn any_qemu(&self) -> bool {
+        self.qemus().into_iter().any(is_fake_qemu)
+    }
+
+    /// Removes what the fake QEMUs left; none may run.
+    pub(crate) fn forget(&self) {
+        for name in self.names("traces") {
+            std::fs::remove_file(self.path("traces").join(name)).unwrap();
+        }
+    }
+
     #[track_caller]
     pub(crate) fn assert_no_qemu(&self) {
         for pid in self.qemus() {
@@ -293,6 +305,22 @@ impl Running {
         ran
     }
 
+    /// As [`Self::end`], with the most memory that kiln itself took at any time, in KiB: not that of its children.
+    #[track_caller]
+    pub(crate) fn end_with_peak(self) -> (Ran, u64) {
+        let status = format!("/proc/{}/status", self.child.id());
+        let watcher = std::thread::spawn(move || {
+            let mut peak = 0;
+            // A process that has ended has no memory.
+            while let Some(now) = std::fs::read_to_string(&status).ok().and_then(|text| peak_in(&text)) {
+                peak = now;
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            peak
+        });
+        (self.end(), watcher.join().unwrap())
+    }
+
     #[track_caller]
     fn wait(&mut self) -> ExitStatus {
         let deadline = Instant::now() + HANG;
@@ -307,6 +335,12 @@ impl Running {
             std::thread::sleep(Duration::from_millis(2));
         }
     }
+}
+
+/// The peak of resident memory in a `/proc/PID/status`, in KiB.
+fn peak_in(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.split_whitespace().next()?.parse().ok()
 }
 
 impl Ran {

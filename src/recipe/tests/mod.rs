@@ -383,6 +383,8 @@ fn a_place_says_which_setting_changed_it() {
     assert_eq!(recipe.place(recipe.base.arch_span.as_ref().unwrap()).label, "");
     let place = recipe.place(recipe.disk.span.as_ref().unwrap());
     assert_eq!((place.line_column().0, place.label.as_str()), (16, "set by `--set disk={ size = \"5GiB\" }`"));
+    let disk = |set: &[&str]| read_set(SMALL, set).disk;
+    assert_eq!(disk(&["disk.sha256=true"]), Disk { sha256: true, ..Disk::default() });
     let recipe = read_set(SMALL, &["base.arch=amd64", "disk.size=2GiB"]);
     let place = recipe.place(recipe.base.arch_span.as_ref().unwrap());
     assert_eq!((place.line_column(), place.label.as_str()), ((2, 7), "set by `--set base.arch=amd64`"));

@@ -53,7 +53,11 @@ const UNKNOWN_KEYS: &[(&str, &str, &str)] = &[
     ),
     ("[disk]", "[dsk]", "16:2 `dsk`: unknown key `dsk`; did you mean `disk`?"),
     ("cpus = 2", "ram = \"1GiB\"", "10:1 `ram`: unknown key `ram` in [machine]; did you mean `memory`?"),
-    ("size = \"4GiB\"", "whatever = 1", "17:1 `whatever`: unknown key `whatever` in [disk]; known here: `size`"),
+    (
+        "size = \"4GiB\"",
+        "whatever = 1",
+        "17:1 `whatever`: unknown key `whatever` in [disk]; known here: `size`, `sha256`",
+    ),
     ("copy = \"site/\"", "cpoy = \"site/\"", "28:1 `cpoy`: unknown key `cpoy` in [[provision]]; did you mean `copy`?"),
     (
         "[[test]]                         # run inside the rehearsed instance\nname",
@@ -84,6 +88,7 @@ const TYPES: &[(&str, &str, &str)] = &[
         "36:10 `\"true\"`: `reboot` wants true or false, not a string; write true without quotes",
     ),
     ("reboot = true", "reboot = 1", "36:10 `1`: `reboot` wants true or false, not an integer"),
+    ("size = \"4GiB\"", "sha256 = \"ab\"", "17:10 `\"ab\"`: `sha256` wants true or false, not a string"),
     (
         "APP_ENV = \"production\"",
         "APP_ENV = 80",
