@@ -7,6 +7,7 @@ mod failures;
 mod publish;
 mod real;
 mod rehearse;
+mod shell;
 mod signals;
 mod support;
 mod tidy;
