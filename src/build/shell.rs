@@ -113,27 +113,23 @@ pub fn shell(
     };
     let mut guest = layers.take_up(index, memory.as_deref(), &mut session)?;
     session.give_network(&mut guest)?;
-    let mut env = environment(&recipe, request.source_date_epoch);
+    let env = environment(&recipe, request.source_date_epoch);
     let at = place_in_words(index, &recipe, &plan);
     match visitor {
         Visitor::Script(text) => {
-            events.detail(format!("running the commands {at}"));
-            run_script(&session, &mut guest, &text, &env, mirror)?;
+            events.detail(format!("the guest {at}"));
+            run_script(&session, &mut guest, &text, &env, mirror)
         }
         Visitor::Person { size, terminal, keyboard, at_the_keyboard } => {
             events.note(format!("the guest {at}; nothing that you do is kept; exit or Ctrl-] ends it"));
-            let (rows, columns) = size.unwrap_or(USUAL_SIZE);
-            env.insert("TERM".to_owned(), terminal.unwrap_or_else(|| "linux".to_owned()));
-            env.insert("KILN_ROWS".to_owned(), rows.to_string());
-            env.insert("KILN_COLUMNS".to_owned(), columns.to_string());
+            let env = on_terminal(env, size, terminal);
             let _seated = at_the_keyboard();
             guest.hand_over(mirror, keyboard);
             let talked = talk(&session, &mut guest, &env);
             guest.end();
-            talked?;
+            talked
         }
     }
-    Ok(())
 }
 
 /// What a step would have, as far as it isn't the step's own.
@@ -143,6 +139,19 @@ fn environment(recipe: &Recipe, epoch: Option<u64>) -> BTreeMap<String, String> 
     env.insert("KILN_STEP".to_owned(), "shell".to_owned());
     env.insert("KILN_ARCH".to_owned(), recipe.base.arch.as_str().to_owned());
     env.entry("SOURCE_DATE_EPOCH".to_owned()).or_insert_with(|| epoch.unwrap_or_else(now).to_string());
+    env
+}
+
+/// With what a person's terminal is like.
+fn on_terminal(
+    mut env: BTreeMap<String, String>,
+    size: Option<(u16, u16)>,
+    terminal: Option<String>,
+) -> BTreeMap<String, String> {
+    let (rows, columns) = size.unwrap_or(USUAL_SIZE);
+    env.insert("TERM".to_owned(), terminal.unwrap_or_else(|| "linux".to_owned()));
+    env.insert("KILN_ROWS".to_owned(), rows.to_string());
+    env.insert("KILN_COLUMNS".to_owned(), columns.to_string());
     env
 }
 

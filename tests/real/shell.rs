@@ -35,7 +35,7 @@ fn a_shell_in_the_guest_changes_nothing() {
         let mut kiln = kiln.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         kiln.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
         let output = kiln.wait_with_output().unwrap();
-        (output.status.code(), said(&output))
+        (output.status.code(), String::from_utf8(output.stdout).unwrap())
     };
     let look = "pwd; cat /etc/mark; echo \"$APP $KILN_NAME\"; test ! -e /etc/failed; touch /etc/left; rm /etc/mark\n";
     assert_eq!(commands(&[], look), (Some(0), "/root\nmade\nit's disk\n".to_owned()));
