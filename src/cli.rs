@@ -103,6 +103,8 @@ pub enum Command {
     Cache(Cache),
     /// Boot a built disk and talk to it on this terminal; the disk is not changed
     Run(Run),
+    /// Open a shell in the build guest as it is after a step; leaving it changes nothing
+    Shell(Shell),
     /// Upload a built disk, import it and register it as an AMI
     Publish(Publish),
     /// List the provisioners that come with kiln, with their inputs
@@ -191,6 +193,22 @@ pub struct Run {
     /// Loopback port for ssh [default: a free one]
     #[arg(long, value_name = "PORT", requires = "ssh_key")]
     pub ssh_port: Option<u16>,
+    /// Which accelerator to use
+    #[arg(long, value_enum, default_value = "auto")]
+    pub accel: Accel,
+}
+
+/// `kiln shell`.
+#[derive(Debug, Args)]
+pub struct Shell {
+    /// The recipe
+    pub recipe: PathBuf,
+    /// After which step, by name or number; 0 or base: before the first [default: the last that is kept]
+    #[arg(long, value_name = "STEP")]
+    pub at: Option<String>,
+    /// Set a key of the recipe, e.g. disk.size=8GiB
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
     /// Which accelerator to use
     #[arg(long, value_enum, default_value = "auto")]
     pub accel: Accel,

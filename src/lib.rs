@@ -43,7 +43,7 @@
 //!   again all the same.
 //! - A scratch or half-made folder holds a lock for as long as its kiln lives; the next kiln removes what nobody holds.
 //! - The guest is not trusted: it can't forge the end of a step, reach the host's loopback, fill kiln's memory, or
-//!   steer the user's terminal.
+//!   steer the user's terminal, unless the user gives it the terminal (`kiln run`, `kiln shell`).
 //!
 //! # The guest
 //! The agent (`vm/agent.sh`) is a POSIX sh script on a read-only raw drive. With direct boot the disk's own kernel,
@@ -72,6 +72,12 @@
 //! - A layer is whole or not there. One whose files are not what its record says is a miss with a warning.
 //! - A layer is never replaced: made again it gets a folder of its own, and what was built on the first stays on that.
 //! - Whoever makes a layer holds its claim; others wait for it, and then use it. What is in use is never removed.
+//!
+//! # A shell
+//! `kiln shell` takes up a layer as a build does (`build/shell.rs`), claims nothing, keeps nothing, and holds what is
+//! behind the guest until it ends. For the agent the shell is a step like any other, so that every kept memory has what
+//! it takes: its script makes the serial console the shell's controlling terminal (`build/guest/shell.sh`), and kiln
+//! joins the console to the user's terminal. Commands from standard input need no console.
 //!
 //! # The network
 //! `network = "open"` is QEMU's user networking, which would let the guest reach the host's loopback. So the frames

@@ -124,7 +124,8 @@ fn a_failure_in_json_has_all_that_the_text_has() {
     let expected = json!({
         "event": "error", "message": "step `hello` failed with exit code 100", "exit_code": 5,
         "place": { "file": "web.toml", "line": 6, "column": 1 }, "notes": ["last output: E: no"],
-        "log": "out/web.failed/steps/01-hello.log", "help": null,
+        "log": "out/web.failed/steps/01-hello.log",
+        "help": "look at the guest as it was before: kiln shell web.toml",
     });
     assert_eq!(ran.events().last(), Some(&expected));
 }

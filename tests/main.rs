@@ -9,6 +9,7 @@ mod memory;
 mod publish;
 mod real;
 mod rehearse;
+mod shell;
 mod signals;
 mod support;
 mod tidy;

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use super::Request;
 use super::output::{self, Pending};
+use super::{Fresh, Request};
 use crate::disk::{self, Image, Table, Work};
 use crate::error::{Error, Exit};
+use crate::plan::Plan;
 use crate::store::Scratch;
 use crate::{exec, vm};
 
@@ -48,6 +49,18 @@ pub(crate) fn guest_failure(error: vm::Error) -> Error {
         vm::Error::Died { .. } => failure.help("build again; if it ends the same way, try --accel tcg or another QEMU"),
         _ => failure,
     }
+}
+
+/// Says how to look at the guest as it was before step `index` (from 0), if that is kept.
+pub(super) fn with_shell(error: Error, request: &Request, plan: &Plan, index: usize) -> Error {
+    if !matches!(error.exit, Exit::Step | Exit::TimedOut) || !plan.layers[index].cached {
+        return error;
+    }
+    let set = request.set.iter().map(|set| format!(" --set '{set}'")).collect::<Vec<_>>().concat();
+    // What was left aside this time may be kept nevertheless, and lie deeper.
+    let at = if request.fresh == Fresh::Nothing { String::new() } else { format!(" --at {index}") };
+    let look = format!("look at the guest as it was before: kiln shell {}{set}{at}", request.recipe.display());
+    if error.help.is_some() { error.with_note(look) } else { error.help(look) }
 }
 
 /// Keeps what explains the failure; after a signal nothing.

@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 use super::session::Session;
 use super::{disk_failure, guest_failure};
 use crate::disk::{Backing, Overlay};
-use crate::error::Error;
+use crate::error::{Error, Exit};
 use crate::plan::{self, PARENT, Plan};
 use crate::store::{Claim, Layer, Lookup, Pending, Record, Store};
 use crate::units::{hex, show_duration};
@@ -116,6 +116,44 @@ impl<'a> Layers<'a> {
             }
             start = again;
         }
+    }
+
+    /// Finds the layer with this index, or the deepest that is there, and holds it. Nothing is claimed: nothing will be
+    /// kept.
+    pub(super) fn visit(&mut self, index: Option<usize>, session: &Session<'_>) -> Option<Start> {
+        let last = self.plan.layers.len().checked_sub(1)?;
+        let mut wanted = index.map_or(0..=last, |index| index..=index).rev();
+        let (index, held) =
+            wanted.find_map(|index| Some((index, chain(self.store, &self.plan.layers[index], session)?)))?;
+        self.held = held;
+        let memory = self.held.last()?.memory(&self.machine);
+        Some(Start::Layer { index, memory })
+    }
+
+    /// The guest as it was when the held layer was kept, in its memory or booted from its disk.
+    pub(super) fn take_up(
+        &self,
+        index: usize,
+        memory: Option<&Path>,
+        session: &mut Session<'_>,
+    ) -> Result<Guest, Error> {
+        let name = &session.plan.layers[index].name;
+        let behind = self.behind().unwrap_or_default();
+        if let Some(memory) = memory {
+            session.create_overlay(Backing::Overlay(&behind), &[])?;
+            let network_up = self.network_up();
+            let detail = format!("taking up the guest after `{name}`");
+            let resumed =
+                session.events.phase("resume", detail, |_| String::new(), || session.resume(memory, network_up));
+            match resumed {
+                Err(error) if !matches!(error.exit, Exit::Signal(_)) => {
+                    session.events.warn(format!("the kept memory after `{name}` can't be taken up: {}", error.message));
+                }
+                resumed => return resumed,
+            }
+        }
+        session.create_overlay(Backing::Overlay(&behind), &[])?;
+        super::Job::boot(session)
     }
 
     fn claim_next(&self, index: usize, session: &Session<'_>) -> Result<Option<Claim>, Error> {

@@ -12,6 +12,7 @@ mod output;
 mod packages;
 mod record;
 pub(crate) mod session;
+mod shell;
 mod steps;
 pub(crate) mod testing;
 mod verify;
@@ -23,7 +24,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use sha2::{Digest as _, Sha256};
 
 use crate::cancel::Cancel;
-use crate::disk::{self, BLOCK, Backing, Image, Overlay, Table};
+use crate::disk::{self, BLOCK, Backing, Image, Table};
 use crate::error::{Error, Exit};
 use crate::event::{Event, Events};
 use crate::plan::{BootPath, Facts, Plan};
@@ -45,6 +46,7 @@ use manifest::{DISK, GuestFacts, Manifest, PublishFacts, SCHEMA, StepFacts, Test
 use output::Pending;
 use record::Recorder;
 use session::Session;
+pub use shell::{ShellRequest, Visitor, shell};
 use steps::Epoch;
 
 /// Room that a build takes beside the base's own data: the overlay's growth and the logs.
@@ -127,6 +129,7 @@ pub fn build(request: &Request, store: &Store, events: &Events, cancel: &Cancel)
         overlays: 0,
         first_overlay: 0,
         network_up: false,
+        keyboard: false,
     };
     let job = Job { request, base: &base, store, root, growth, inputs: &inputs, recorder: &recorder };
     match job.run(session, &pending) {
@@ -352,11 +355,12 @@ impl Job<'_> {
         for index in done.len()..session.recipe.steps.len() {
             let started = Instant::now();
             let step = steps::run(&session, &mut guest, index, &self.inputs[index], pending, epoch);
-            done.push(step.inspect_err(|error| {
+            done.push(step.map_err(|error| {
                 if self.request.keep_on_error && error.exit == Exit::Step {
                     // What the step wrote is still in the guest's memory. If it can't be had, its disk is as it is.
                     let _ = guest.sync(Duration::from_secs(60));
                 }
+                failure::with_shell(error, self.request, session.plan, index)
             })?);
             if session.recipe.steps[index].reboot {
                 guest = Self::reboot(&mut session, guest)?;
@@ -381,31 +385,11 @@ impl Job<'_> {
 
     /// The guest where the build begins: at the base, which is booted and grown, or at a layer.
     fn begin(&self, session: &mut Session<'_>, layers: &mut Layers<'_>, start: &Start) -> Result<Guest, Error> {
-        let size = session.plan.disk_size.bytes();
-        let overlay = |session: &Session<'_>, backing: Backing<'_>, patches: &[disk::Patch]| {
-            let _ = std::fs::remove_file(session.overlay());
-            Overlay::create(&session.overlay(), size, backing, patches).map_err(disk_failure)
-        };
-        if let (Start::Layer { index, memory }, Some(behind)) = (start, layers.behind()) {
-            let name = &session.plan.layers[*index].name;
-            overlay(session, Backing::Overlay(&behind), &[])?;
-            if let Some(memory) = memory {
-                let network_up = layers.network_up();
-                let detail = format!("taking up the guest after `{name}`");
-                let resumed =
-                    session.events.phase("resume", detail, |_| String::new(), || session.resume(memory, network_up));
-                match resumed {
-                    Err(error) if !matches!(error.exit, Exit::Signal(_)) => session
-                        .events
-                        .warn(format!("the kept memory after `{name}` can't be taken up: {}", error.message)),
-                    resumed => return resumed,
-                }
-                overlay(session, Backing::Overlay(&behind), &[])?;
-            }
-            return Self::boot(session);
+        if let Start::Layer { index, memory } = start {
+            return layers.take_up(*index, memory.as_deref(), session);
         }
         let base = Path::new("../../bases").join(&self.base.sha256).join("disk.raw");
-        overlay(session, Backing::Raw(&base), &self.growth.patches)?;
+        session.create_overlay(Backing::Raw(&base), &self.growth.patches)?;
         let started = Instant::now();
         let mut guest = Self::boot(session)?;
         if self.growth.grows {

@@ -9,7 +9,7 @@ use super::archive::environment;
 use super::guest_failure;
 use super::log::Answer;
 use crate::cancel::Cancel;
-use crate::disk::{self, Image, Table};
+use crate::disk::{self, Backing, Image, Overlay, Table};
 use crate::error::{Error, Exit};
 use crate::event::Events;
 use crate::plan::{BootPath, Plan};
@@ -54,12 +54,21 @@ pub(super) struct Session<'a> {
     pub(super) first_overlay: u32,
     /// Whether the guest has its network.
     pub(super) network_up: bool,
+    /// Whether a person will type into its console.
+    pub(super) keyboard: bool,
 }
 
 impl Session<'_> {
     /// Where the guest's overlay is.
     pub(super) fn overlay(&self) -> PathBuf {
         self.scratch.join(format!("overlay-{}.qcow2", self.overlays))
+    }
+
+    /// Makes the overlay that the guest will write to.
+    pub(super) fn create_overlay(&self, backing: Backing<'_>, patches: &[disk::Patch]) -> Result<(), Error> {
+        let _ = std::fs::remove_file(self.overlay());
+        let size = self.plan.disk_size.bytes();
+        Overlay::create(&self.overlay(), size, backing, patches).map_err(super::disk_failure)
     }
 
     /// The overlay that the guest writes to now, and the one that it will go on in.
@@ -104,6 +113,7 @@ impl Session<'_> {
             console_log: &self.console_log,
             expect: None,
             mirror: None,
+            keyboard: self.keyboard,
         };
         Machine::start(&spec, &launch, self.cancel).map_err(|error| self.boot_failure(error))
     }

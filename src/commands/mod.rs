@@ -7,6 +7,8 @@ mod plan;
 mod provisioners;
 mod publish;
 mod rehearse;
+mod shell;
+mod terminal;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -38,6 +40,7 @@ pub(crate) fn run(cli: Cli, ui: Ui, cancel: &Cancel) -> Result<(), Error> {
         }
         Command::Cache(command) => cache::run(&context, command),
         Command::Run(arguments) => rehearse::run(&context, arguments),
+        Command::Shell(arguments) => shell::run(&context, arguments),
         Command::Publish(arguments) => publish::run(&context, arguments),
         Command::Provisioners => {
             provisioners::run(&context);
@@ -97,14 +100,15 @@ fn duration(option: &str, text: &str) -> Result<Duration, Error> {
     parse_duration(text).map_err(|error| Error::new(Exit::Usage, format!("{option}: {error}")))
 }
 
+fn source_date_epoch() -> Result<Option<u64>, Error> {
+    let Ok(text) = std::env::var("SOURCE_DATE_EPOCH") else { return Ok(None) };
+    text.trim().parse().map(Some).map_err(|_| {
+        let message = format!("SOURCE_DATE_EPOCH is `{text}`, which is not a number of seconds since 1970");
+        Error::new(Exit::Usage, message)
+    })
+}
+
 fn build(context: &Context<'_>, arguments: Build) -> Result<(), Error> {
-    let source_date_epoch = match std::env::var("SOURCE_DATE_EPOCH") {
-        Ok(text) => Some(text.trim().parse().map_err(|_| {
-            let message = format!("SOURCE_DATE_EPOCH is `{text}`, which is not a number of seconds since 1970");
-            Error::new(Exit::Usage, message)
-        })?),
-        Err(_) => None,
-    };
     let request = build::Request {
         recipe: arguments.recipe,
         set: arguments.set,
@@ -112,7 +116,7 @@ fn build(context: &Context<'_>, arguments: Build) -> Result<(), Error> {
         accelerator: wanted(arguments.accel),
         qemu: path_of("KILN_QEMU"),
         qemu_img: path_of("KILN_QEMU_IMG"),
-        source_date_epoch,
+        source_date_epoch: source_date_epoch()?,
         keep_on_error: arguments.keep_on_error,
         fresh: match arguments.no_cache {
             None => Fresh::Nothing,

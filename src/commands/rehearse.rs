@@ -10,9 +10,9 @@ use kiln::error::{Error, Exit};
 use kiln::rehearse::{Firmware, Rehearsal, summary};
 use kiln::ui::Ui;
 use kiln::vm::seed::Login;
-use rustix::termios::{self, OptionalActions, Termios};
 use serde_json::json;
 
+use super::terminal::RawTerminal;
 use super::{Context, duration, wanted};
 
 /// Boots the disk by each firmware and runs the recipe's tests.
@@ -102,29 +102,4 @@ fn password() -> Result<String, Error> {
         .and_then(|mut source| source.read_exact(&mut bytes))
         .map_err(|error| Error::io("cannot read random numbers", &error))?;
     Ok(bytes.iter().map(|byte| char::from(LETTERS[usize::from(byte % 32)])).collect())
-}
-
-/// The terminal passes every key on, until this is dropped.
-struct RawTerminal(Option<Termios>);
-
-impl RawTerminal {
-    fn begin() -> Self {
-        let before = termios::tcgetattr(io::stdin()).ok();
-        if let Some(before) = &before {
-            let mut raw = before.clone();
-            raw.make_raw();
-            // Output keeps its line ends: kiln's own messages go there too.
-            raw.output_modes = before.output_modes;
-            let _ = termios::tcsetattr(io::stdin(), OptionalActions::Now, &raw);
-        }
-        Self(before)
-    }
-}
-
-impl Drop for RawTerminal {
-    fn drop(&mut self) {
-        if let Some(before) = &self.0 {
-            let _ = termios::tcsetattr(io::stdin(), OptionalActions::Now, before);
-        }
-    }
 }

@@ -2,7 +2,7 @@
 //! disk itself never changes.
 
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use crate::store::{Scratch, Store};
 use crate::units::{GIB, Size, show_duration};
 use crate::vm::guest::{Guest, Reached};
 use crate::vm::host::Host;
+use crate::vm::keyboard::{self, Input};
 use crate::vm::process::{Launch, Machine, Mirror};
 use crate::vm::seed::{self, Login};
 use crate::vm::spec::{Accelerator, Boot, DiskBus, MemoryState, Network, Spec};
@@ -220,6 +221,7 @@ impl Rehearsal<'_> {
             folder,
             console_log: &stage.console_log,
             expect: Some(" login: "),
+            keyboard: play.mirror.is_some(),
             mirror: play.mirror,
         };
         Machine::start(&spec, &launch, self.cancel).map_err(guest_failure)
@@ -268,7 +270,7 @@ impl Rehearsal<'_> {
         let ended = machine.ender();
         if let Some(console) = machine.console_input() {
             std::thread::spawn(move || {
-                if forward(input, console) == Input::EndKey {
+                if keyboard::forward(input, console) == Input::EndKey {
                     ended();
                 }
             });
@@ -282,30 +284,6 @@ struct Play {
     login: Login,
     ssh: Option<u16>,
     mirror: Option<Mirror>,
-}
-
-/// The key that ends `kiln run`: Ctrl-], as telnet and virsh have it.
-const END: u8 = 0x1d;
-
-/// How what a person types came to its end.
-#[derive(Debug, PartialEq, Eq)]
-enum Input {
-    EndKey,
-    Gone,
-}
-
-fn forward(mut input: impl Read, mut console: impl Write) -> Input {
-    let mut buffer = [0; 1024];
-    while let Ok(n @ 1..) = input.read(&mut buffer) {
-        let end = buffer[..n].iter().position(|&byte| byte == END);
-        let sent = console.write_all(&buffer[..end.unwrap_or(n)]).and_then(|()| console.flush());
-        match end {
-            Some(_) => return Input::EndKey,
-            None if sent.is_err() => break,
-            None => {}
-        }
-    }
-    Input::Gone
 }
 
 /// What a rehearsal says in one line.
@@ -326,14 +304,6 @@ pub fn summary(outcomes: &[Outcome]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_end_key_ends_and_is_not_passed_on() {
-        let mut console = Vec::new();
-        assert_eq!(forward(&b"ls\n\x1dnever"[..], &mut console), Input::EndKey);
-        assert_eq!(console, b"ls\n");
-        assert_eq!(forward(&b"exit\n"[..], &mut console), Input::Gone);
-    }
 
     #[test]
     fn a_line_for_each_firmware() {

@@ -33,6 +33,9 @@ pub type Mirror = Arc<dyn Fn(&[u8]) + Send + Sync>;
 struct State {
     lines: VecDeque<String>,
     out_of_memory: bool,
+    mirror: Option<Mirror>,
+    /// A person talks to it: what it shows is theirs, and says nothing of the guest's health.
+    a_persons: bool,
 }
 
 /// See the module.
@@ -41,7 +44,6 @@ pub(super) struct Console {
     state: Arc<Mutex<State>>,
     file: Arc<File>,
     expect: Option<&'static str>,
-    mirror: Option<Mirror>,
     sender: Sender<Signal>,
 }
 
@@ -53,7 +55,15 @@ impl Console {
         sender: Sender<Signal>,
     ) -> io::Result<Self> {
         let file = OpenOptions::new().create(true).append(true).open(path)?;
-        Ok(Self { state: Arc::default(), file: Arc::new(file), expect, mirror, sender })
+        let state = State { mirror, ..State::default() };
+        Ok(Self { state: Arc::new(Mutex::new(state)), file: Arc::new(file), expect, sender })
+    }
+
+    /// From now on it is a person's, who sees it by `mirror`.
+    pub(super) fn hand_over(&self, mirror: Mirror) {
+        let mut state = self.state();
+        state.mirror = Some(mirror);
+        state.a_persons = true;
     }
 
     /// Reads the console from `from` until it ends, on a thread of its own.
@@ -66,7 +76,8 @@ impl Console {
             while let Ok(n @ 1..) = from.read(&mut buffer) {
                 // A host disk that is full loses the log, not the build: the overlay's own error comes soon enough.
                 let _ = (&*console.file).write_all(&buffer[..n]);
-                if let Some(mirror) = &console.mirror {
+                let mirror = console.state().mirror.clone();
+                if let Some(mirror) = mirror {
                     mirror(&buffer[..n]);
                 }
                 for &byte in &buffer[..n] {
@@ -104,6 +115,9 @@ impl Console {
             let _ = self.sender.send(Signal::Seen);
         }
         if !whole {
+            return;
+        }
+        if self.state().a_persons {
             return;
         }
         if LOST.iter().any(|text| line.contains(text)) {

@@ -6,9 +6,10 @@ use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::Error;
+use super::keyboard;
 use super::memory::Saved;
 use super::output::Sink;
-use super::process::{Machine, Signal};
+use super::process::{Machine, Mirror, Signal};
 use crate::units::hex;
 
 /// The agent's script.
@@ -197,6 +198,25 @@ impl Guest {
         self.stream("own", what, script, "", sink, limit)
     }
 
+    /// Gives the console to a person, who sees it by `mirror` and types into `keyboard`. The end key ends what
+    /// [`Self::run`] waits for, as if it had ended well.
+    pub fn hand_over(&mut self, mirror: Mirror, keyboard: impl Read + Send + 'static) {
+        self.machine.hand_over(mirror);
+        let enough = self.machine.ender();
+        if let Some(console) = self.machine.console_input() {
+            std::thread::spawn(move || {
+                if keyboard::forward(keyboard, console) == keyboard::Input::EndKey {
+                    enough();
+                }
+            });
+        }
+    }
+
+    /// See [`Machine::end`].
+    pub fn end(self) {
+        self.machine.end();
+    }
+
     /// The name of a folder that no archive had yet.
     pub fn fresh_folder(&mut self) -> String {
         self.folders += 1;
@@ -292,6 +312,7 @@ impl Guest {
                     None => {}
                 },
                 Signal::OutputEnd(end) => output_ended |= end == nonce,
+                Signal::Enough => return Some(Ok(Ended { status: 0, free_kib: 0, out_of_memory: false })),
                 _ => {}
             }
             if output_ended || prints == Prints::Nothing { ended.take() } else { None }

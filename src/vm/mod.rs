@@ -6,6 +6,7 @@ mod console;
 pub mod filter;
 pub mod guest;
 pub mod host;
+pub(crate) mod keyboard;
 pub mod memory;
 mod output;
 pub mod process;

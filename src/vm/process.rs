@@ -57,8 +57,10 @@ pub struct Launch<'a> {
     pub console_log: &'a Path,
     /// A console text to wait for, apart from failures.
     pub expect: Option<&'static str>,
-    /// For a person: takes the console's bytes as they come, and opens [`Machine::console_input`].
+    /// For a person: takes the console's bytes as they come.
     pub mirror: Option<Mirror>,
+    /// Whether [`Machine::console_input`] is to be had.
+    pub keyboard: bool,
 }
 
 /// A running QEMU. Dropping it ends it.
@@ -95,7 +97,7 @@ impl Machine {
             .map_err(Error::io("cannot write the console's log"))?;
         let mut command = exec::tethered(launch.qemu)?;
         command.args(spec.arguments()).current_dir(launch.folder);
-        command.stdin(if launch.mirror.is_some() { Stdio::piped() } else { Stdio::null() });
+        command.stdin(if launch.keyboard { Stdio::piped() } else { Stdio::null() });
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let start = |error| exec::Error::Start { program: launch.qemu.to_owned(), error };
         let mut child = command.spawn().map_err(start)?;
@@ -145,9 +147,14 @@ impl Machine {
         Ok(machine)
     }
 
-    /// What a person types goes here; `None` unless the machine was launched interactive.
+    /// What a person types goes here; `None` unless the machine was launched with a keyboard.
     pub fn console_input(&mut self) -> Option<ChildStdin> {
         self.console_input.take()
+    }
+
+    /// From now on the console is a person's: `mirror` takes its bytes, and nothing that it shows dooms a wait.
+    pub fn hand_over(&self, mirror: Mirror) {
+        self.console.hand_over(mirror);
     }
 
     /// Whether the console said since the last call that the kernel ended a process for lack of memory.
@@ -170,7 +177,7 @@ impl Machine {
         let mut early = Vec::new();
         let answer = self.wait_for("QEMU's answer", Duration::from_secs(30), |signal| match signal {
             Signal::Monitor(value) => Some(value.clone()),
-            Signal::Answer(_) | Signal::Seen | Signal::Event(_) => {
+            Signal::Answer(_) | Signal::Seen | Signal::Lost(_) | Signal::Event(_) => {
                 early.push(signal.clone());
                 None
             }
@@ -280,6 +287,13 @@ impl Machine {
                 .or_else(|| matches!(signal, Signal::Lost(_)).then_some(None))
         })
         .and_then(|ended| if ended.is_some() { Ok(()) } else { self.wait_for_end() })
+    }
+
+    /// Ends QEMU at once. What it has said before, on the console above all, has been heard when this returns.
+    pub fn end(mut self) {
+        let _ = self.child.kill();
+        let _ = self
+            .wait_for("QEMU to end", Duration::from_secs(5), |signal| matches!(signal, Signal::Exited).then_some(()));
     }
 
     /// Tells QEMU to write out its overlay and end. The guest must be quiet.

@@ -184,6 +184,7 @@ fn a_step_that_fails() {
       | ^^^^^^^^^^^^^
       |
       = last output: E: Unable to locate package ngnix
+      = look at the guest as it was before: kiln shell web.toml
       = log: out/web.failed/steps/01-hello.log
     help: the guest had no network (network = "none"): set [machine] network = "open", or copy in what is needed
     "#);
@@ -199,6 +200,7 @@ fn a_step_that_fails_without_a_word() {
       | ^^^^^^^^^^^^^
       |
       = log: out/web.failed/steps/01-hello.log
+    help: look at the guest as it was before: kiln shell web.toml
     "#);
 }
 
@@ -215,6 +217,7 @@ fn a_provisioner_that_fails() {
       | ^^^^^^^^^^^^^
       |
       = last output: E: Unable to locate package nginx
+      = look at the guest as it was before: kiln shell web.toml
       = log: out/web.failed/steps/01-web-server.log
     help: the guest had no network (network = "none"): set [machine] network = "open", or copy in what is needed
     "#);
@@ -233,6 +236,7 @@ fn a_step_that_hangs() {
       | ^^^^^^^^^^^^^
       |
       = last output: waiting for the database
+      = look at the guest as it was before: kiln shell web.toml
       = log: out/web.failed/steps/01-hello.log
     help: give the step a longer timeout = "…", or find out in its log what it waits for
     "#);
@@ -257,6 +261,7 @@ fn a_step_that_the_kernel_kills_for_memory() {
     6 | [[provision]]
       | ^^^^^^^^^^^^^
       |
+      = look at the guest as it was before: kiln shell web.toml
       = log: out/web.failed/steps/01-hello.log
     help: the guest ran out of memory (1 GiB): raise [machine] memory
     "#);
@@ -273,6 +278,7 @@ fn a_step_that_fills_the_disk() {
       | ^^^^^^^^^^^^^
       |
       = last output: tar: web.tar: Cannot write
+      = look at the guest as it was before: kiln shell web.toml
       = log: out/web.failed/steps/01-hello.log
     help: the guest's disk is full: raise [disk] size
     "#);
@@ -292,6 +298,7 @@ fn a_copy_for_a_user_that_the_guest_does_not_have() {
       | ^^^^^^^^^^^^^
       |
       = log: out/web.failed/steps/01-copy-site.log
+    help: look at the guest as it was before: kiln shell web.toml
     "#);
 }
 
@@ -446,6 +453,7 @@ fn a_failed_guests_disk_is_kept_if_asked_for() {
       = the guest's disk is kept: out/web.failed/failed-disk.raw
       = look into it: sudo mount -o ro,loop,offset=1048576 out/web.failed/failed-disk.raw /mnt
       = log: out/web.failed/steps/01-hello.log
+    help: look at the guest as it was before: kiln shell web.toml
     "#);
     let disk = bench.path("out/web.failed/failed-disk.raw");
     assert_eq!(disk.metadata().unwrap().len(), 1 << 30);

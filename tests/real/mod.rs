@@ -8,6 +8,7 @@ mod ordinary;
 mod provisioners;
 mod published;
 mod run;
+mod shell;
 mod suites;
 mod warm;
 

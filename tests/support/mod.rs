@@ -2,6 +2,7 @@
 
 mod aws;
 mod base;
+mod terminal;
 
 use std::ffi::OsStr;
 use std::io::Read;
@@ -14,6 +15,7 @@ use serde_json::{Value, json};
 
 pub(crate) use aws::Aws;
 pub(crate) use base::{Base, tool, write_base};
+pub(crate) use terminal::Terminal;
 
 /// Nothing here takes longer unless it hangs.
 const HANG: Duration = Duration::from_secs(60);
@@ -260,6 +262,15 @@ impl Kiln {
         let (out, errors) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
         let input = child.stdin.take().unwrap();
         (Running { child, readers: [read_all(out), read_all(errors)] }, input)
+    }
+
+    /// As [`Self::start`], with the terminal as its standard input.
+    pub(crate) fn start_at(mut self, terminal: &Terminal) -> Running {
+        use std::os::unix::process::CommandExt;
+        let command = self.command.process_group(0).stdin(terminal.far_end());
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let (out, errors) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        Running { child, readers: [read_all(out), read_all(errors)] }
     }
 
     /// As [`Self::start`], with standard error for the test to read.
