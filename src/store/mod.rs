@@ -26,7 +26,7 @@ use crate::error::Error;
 
 pub use base::Imported;
 pub use gc::{Entry, Kind, Limits};
-pub use layer::{Claim, DISK as LAYER_DISK, Layer, Lookup, Pending, Record};
+pub use layer::{CLAIM_LOOK, Claim, DISK as LAYER_DISK, Layer, Lookup, Pending, Record};
 
 /// The store in one folder.
 #[derive(Debug, Clone)]
