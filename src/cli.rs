@@ -74,7 +74,7 @@ pub enum Command {
         #[arg(default_value = ".")]
         dir: PathBuf,
     },
-    /// Build a recipe into DIR/NAME
+    /// Build recipes into DIR/NAME; several, or a folder of them, side by side
     Build(Build),
     /// Say what a build would do, and do nothing
     Plan {
@@ -119,10 +119,12 @@ pub enum Command {
 }
 
 /// `kiln build`.
+#[allow(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 #[derive(Debug, Args)]
 pub struct Build {
-    /// The recipe
-    pub recipe: PathBuf,
+    /// The recipes, or folders whose *.toml they are
+    #[arg(required = true, value_name = "RECIPE")]
+    pub recipes: Vec<PathBuf>,
     /// Folder that the output folder is made in
     #[arg(long, default_value = "out")]
     pub out: PathBuf,
@@ -144,6 +146,12 @@ pub struct Build {
     /// Take nothing from the cache; with a step's name or number, nothing from that step on
     #[arg(long, value_name = "STEP", num_args = 0..=1, require_equals = true)]
     pub no_cache: Option<Option<String>>,
+    /// How many recipes are built at once [default: by processors and memory]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub jobs: Option<u16>,
+    /// Of several recipes, stop the others when one fails
+    #[arg(long)]
+    pub fail_fast: bool,
 }
 
 /// `kiln cache`.

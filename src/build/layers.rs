@@ -10,11 +10,12 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 
 use super::session::Session;
+use super::turns::Turn;
 use super::{disk_failure, guest_failure};
 use crate::disk::{Backing, Overlay};
 use crate::error::{Error, Exit};
 use crate::plan::{self, PARENT, Plan};
-use crate::store::{Claim, Layer, Lookup, Pending, Record, Store};
+use crate::store::{CLAIM_LOOK, Claim, Layer, Lookup, Pending, Record, Store};
 use crate::units::{hex, show_duration};
 use crate::vm::guest::Guest;
 
@@ -98,19 +99,24 @@ impl<'a> Layers<'a> {
     }
 
     /// Finds where to begin, and holds what is behind it. The layer that comes next is claimed; if another kiln makes it,
-    /// that is waited for, and the build begins there.
-    pub(super) fn start(&mut self, limit: usize, session: &Session<'_>) -> Result<Start, Error> {
+    /// that is waited for, and the build begins there. A build that runs beside others has its turn then.
+    pub(super) fn start(
+        &mut self,
+        limit: usize,
+        session: &Session<'_>,
+        mut turn: Option<&mut Turn<'_>>,
+    ) -> Result<Start, Error> {
         self.limit = limit;
         let mut start = self.look(limit, session);
         loop {
             self.claim = None;
-            self.claim = self.claim_next(start.done(), session)?;
+            self.claim = self.claim_first(start.done(), session, turn.as_deref_mut())?;
             let again = self.look(limit, session);
             // Each turn begins deeper than the last; or, should a layer have been removed meanwhile, it ends here.
             if again.done() <= start.done() {
                 if again.done() < start.done() {
                     self.claim = None;
-                    self.claim = self.claim_next(again.done(), session)?;
+                    self.claim = self.claim_first(again.done(), session, turn)?;
                 }
                 return Ok(again);
             }
@@ -159,6 +165,30 @@ impl<'a> Layers<'a> {
     fn claim_next(&self, index: usize, session: &Session<'_>) -> Result<Option<Claim>, Error> {
         let next = self.plan.layers.get(index).filter(|layer| layer.cached);
         next.map(|layer| self.store.claim(&layer.key, session.events, session.cancel)).transpose()
+    }
+
+    /// As [`Self::claim_next`], in the build's turn, which is left to others while another makes the layer.
+    fn claim_first(
+        &self,
+        index: usize,
+        session: &Session<'_>,
+        turn: Option<&mut Turn<'_>>,
+    ) -> Result<Option<Claim>, Error> {
+        let Some(turn) = turn else { return self.claim_next(index, session) };
+        let next = self.plan.layers.get(index).filter(|layer| layer.cached);
+        let mut told = false;
+        loop {
+            turn.take(session.cancel)?;
+            let Some(layer) = next else { return Ok(None) };
+            if let Some(claim) = self.store.try_claim(&layer.key)? {
+                return Ok(Some(claim));
+            }
+            turn.leave();
+            if !std::mem::replace(&mut told, true) {
+                session.events.note(format!("another build is making `{}`: waiting for it", layer.name));
+            }
+            std::thread::sleep(CLAIM_LOOK);
+        }
     }
 
     fn look(&mut self, limit: usize, session: &Session<'_>) -> Start {

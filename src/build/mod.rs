@@ -8,6 +8,7 @@ mod inputs;
 mod layers;
 mod log;
 pub mod manifest;
+pub mod many;
 mod output;
 mod packages;
 mod record;
@@ -15,6 +16,7 @@ pub(crate) mod session;
 mod shell;
 mod steps;
 pub(crate) mod testing;
+mod turns;
 mod verify;
 
 use std::collections::BTreeMap;
@@ -43,6 +45,7 @@ use inputs::Inputs;
 pub use layers::{Fresh, Outlook, outlook};
 use layers::{Keep, Layers, Start};
 use manifest::{DISK, GuestFacts, Manifest, PublishFacts, SCHEMA, StepFacts, TestFacts};
+use many::Beside;
 use output::Pending;
 use record::Recorder;
 use session::Session;
@@ -94,20 +97,38 @@ pub struct Artifact {
 /// The first thing that went wrong. QEMU has ended, nothing half-made is left; logs are in `OUT/NAME.failed`.
 pub fn build(request: &Request, store: &Store, events: &Events, cancel: &Cancel) -> Result<Artifact, Error> {
     let recipe = read_recipe(&request.recipe, &request.set)?;
+    warn(&recipe, events);
+    let inputs = inputs::read(&recipe, request.source_date_epoch, cancel)?;
+    build_recipe(&recipe, &inputs, request, None, store, events, cancel)
+}
+
+fn warn(recipe: &Recipe, events: &Events) {
     for warning in &recipe.warnings {
         events.emit(Event::Warning { message: warning.message.clone(), help: Some(warning.help.clone()) });
     }
-    let inputs = inputs::read(&recipe, request.source_date_epoch, cancel)?;
+}
+
+fn build_recipe(
+    recipe: &Recipe,
+    inputs: &[Inputs],
+    request: &Request,
+    beside: Option<Beside<'_>>,
+    store: &Store,
+    events: &Events,
+    cancel: &Cancel,
+) -> Result<Artifact, Error> {
     if request.verify {
-        verify::base(&recipe, store, events, cancel)?;
+        verify::base(recipe, store, events, cancel)?;
     }
-    if let Some(artifact) = finished(&recipe, &inputs, request, store, events, cancel)? {
+    if let Some(artifact) = finished(recipe, inputs, request, store, events, cancel)? {
         return Ok(artifact);
     }
-    let host = Host::find(request.qemu.clone(), request.qemu_img.clone(), cancel)?;
-    let accelerator = choose_accelerator(request.accelerator, &host, store, events, cancel)?;
-    let base = import_base(&recipe, &host, store, events, cancel)?;
-    let (plan, root, growth) = make_plan(&recipe, &base, &inputs)?;
+    let (host, accelerator) = match &beside {
+        Some(beside) => (beside.host.clone(), beside.accelerator),
+        None => find_host(request, store, events, cancel)?,
+    };
+    let base = import_base(recipe, &host, store, events, cancel)?;
+    let (plan, root, growth) = make_plan(recipe, &base, inputs)?;
     if let BootPath::Firmware { reason } = &plan.boot {
         events.note(format!("booting by firmware: {reason}"));
     }
@@ -117,7 +138,7 @@ pub fn build(request: &Request, store: &Store, events: &Events, cancel: &Cancel)
     let pending = Pending::begin(&request.out, &recipe.name)?;
     let recorder = Recorder::begin(events, &pending)?;
     let session = Session {
-        recipe: &recipe,
+        recipe,
         plan: &plan,
         host: &host,
         accelerator,
@@ -131,16 +152,25 @@ pub fn build(request: &Request, store: &Store, events: &Events, cancel: &Cancel)
         network_up: false,
         keyboard: false,
     };
-    let job = Job { request, base: &base, store, root, growth, inputs: &inputs, recorder: &recorder };
-    match job.run(session, &pending) {
+    let job = Job { request, base: &base, store, root, growth, inputs, recorder: &recorder };
+    let alone = beside.is_none();
+    match job.run(session, &pending, beside) {
         Ok(manifest) => {
             let folder = pending.commit()?;
             store.know_disk(&folder.join(DISK), &manifest.digest);
-            tidy(store, events);
+            if alone {
+                tidy(store, events);
+            }
             Ok(Artifact { folder, manifest })
         }
         Err(error) => Err(failure::keep(error, request, pending, &scratch)),
     }
+}
+
+fn find_host(request: &Request, store: &Store, events: &Events, cancel: &Cancel) -> Result<(Host, Accelerator), Error> {
+    let host = Host::find(request.qemu.clone(), request.qemu_img.clone(), cancel)?;
+    let accelerator = choose_accelerator(request.accelerator, &host, store, events, cancel)?;
+    Ok((host, accelerator))
 }
 
 /// Keeps the store within its limits. The build is done: nothing of this fails it.
@@ -335,11 +365,17 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
-    fn run(&self, mut session: Session<'_>, pending: &Pending) -> Result<Manifest, Error> {
+    fn run(
+        &self,
+        mut session: Session<'_>,
+        pending: &Pending,
+        mut beside: Option<Beside<'_>>,
+    ) -> Result<Manifest, Error> {
         let events = session.events;
         let machine = layers::machine_key(&session, &session.shape(&self.root));
         let mut layers = Layers::new(self.store, &session, &self.base.sha256, machine);
-        let start = layers.start(fresh_from(&self.request.fresh, session.plan)?, &session)?;
+        let turn = beside.as_mut().map(|beside| &mut beside.turn);
+        let start = layers.start(fresh_from(&self.request.fresh, session.plan)?, &session, turn)?;
         let (behind, overlay) = match layers.behind_disk() {
             Some(disk) => (disk, true),
             None => (self.base.disk.clone(), false),
@@ -368,7 +404,8 @@ impl Job<'_> {
             }
             let step = &session.recipe.steps[index];
             let log = pending.path().join(steps::log_name(index, step));
-            let keep = Keep { memory: step.checkpoint, log: Some(&log) };
+            let awaited = beside.as_ref().is_some_and(|beside| beside.awaits(&session.plan.layers[index + 1].key));
+            let keep = Keep { memory: step.checkpoint.or(awaited.then_some(true)), log: Some(&log) };
             layers.keep(index + 1, started.elapsed(), keep, &mut session, &mut guest)?;
         }
         let packages = events.phase("seal", "sealing the disk", |_| String::new(), || seal(&mut session, guest))?;

@@ -1,5 +1,6 @@
 //! One function for each command: from the command line's types to the library's, and back to a result.
 
+mod build;
 mod cache;
 mod doctor;
 mod init;
@@ -16,11 +17,9 @@ use std::time::Duration;
 
 use clap::CommandFactory;
 use etcetera::BaseStrategy;
-use serde_json::json;
 
-use kiln::build::{self, Fresh};
 use kiln::cancel::Cancel;
-use kiln::cli::{Accel, Build, Cli, Command, Global};
+use kiln::cli::{Accel, Cli, Command, Global};
 use kiln::error::{Error, Exit};
 use kiln::store::Store;
 use kiln::ui::Ui;
@@ -33,7 +32,7 @@ pub(crate) fn run(cli: Cli, ui: Ui, cancel: &Cancel) -> Result<(), Error> {
     let context = Context { global: cli.global, ui, cancel };
     match cli.command {
         Command::Init { dir } => init::run(&context, &dir),
-        Command::Build(arguments) => build(&context, arguments),
+        Command::Build(arguments) => build::run(&context, arguments),
         Command::Plan { recipe, set } => plan::run(&context, &recipe, &set),
         Command::Test { outdir, firmware, timeout, accel } => {
             rehearse::test(&context, &outdir, firmware, &timeout, accel)
@@ -106,28 +105,4 @@ fn source_date_epoch() -> Result<Option<u64>, Error> {
         let message = format!("SOURCE_DATE_EPOCH is `{text}`, which is not a number of seconds since 1970");
         Error::new(Exit::Usage, message)
     })
-}
-
-fn build(context: &Context<'_>, arguments: Build) -> Result<(), Error> {
-    let request = build::Request {
-        recipe: arguments.recipe,
-        set: arguments.set,
-        out: arguments.out,
-        accelerator: wanted(arguments.accel),
-        qemu: path_of("KILN_QEMU"),
-        qemu_img: path_of("KILN_QEMU_IMG"),
-        source_date_epoch: source_date_epoch()?,
-        keep_on_error: arguments.keep_on_error,
-        fresh: match arguments.no_cache {
-            None => Fresh::Nothing,
-            Some(None) => Fresh::All,
-            Some(Some(step)) => Fresh::From(step),
-        },
-        sha256: arguments.sha256,
-        verify: arguments.verify,
-    };
-    let artifact = build::build(&request, &context.store()?, &context.ui.events(), context.cancel)?;
-    let json = json!({ "folder": artifact.folder, "manifest": artifact.manifest });
-    context.ui.result(&artifact.folder.display().to_string(), &json);
-    Ok(())
 }

@@ -26,6 +26,8 @@ use crate::event::Events;
 
 /// The version of this format. Layers of another are misses.
 const FORMAT: u32 = 3;
+/// How often a claim that another holds is tried again.
+pub const CLAIM_LOOK: std::time::Duration = std::time::Duration::from_millis(100);
 const LOG: &str = "step.log";
 pub(super) const RECORD: &str = "layer.json";
 /// The name of a layer's disk in its folder.
@@ -222,23 +224,34 @@ impl Store {
     /// # Errors
     /// When the store can't be written, or the work is cancelled.
     pub fn claim(&self, key: &str, events: &Events, cancel: &Cancel) -> Result<Claim, Error> {
-        let path = self.root.join("locks").join(key);
-        let failed = |error: io::Error| Error::io(format!("cannot write to `{}`", path.display()), &error);
         let mut told = false;
         loop {
             cancel.check()?;
+            if let Some(claim) = self.try_claim(key)? {
+                return Ok(claim);
+            }
+            if !std::mem::replace(&mut told, true) {
+                events.note("another kiln is making this layer: waiting for it");
+            }
+            // There is no lock to wait for with a signal in mind; a tenth of a second is nothing beside a step.
+            std::thread::sleep(CLAIM_LOOK);
+        }
+    }
+
+    /// Claims the making of a layer, unless another is making it.
+    ///
+    /// # Errors
+    /// When the store can't be written.
+    pub fn try_claim(&self, key: &str) -> Result<Option<Claim>, Error> {
+        let path = self.root.join("locks").join(key);
+        let failed = |error: io::Error| Error::io(format!("cannot write to `{}`", path.display()), &error);
+        loop {
             let lock = File::create(&path).map_err(failed)?;
             match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
                 // Its holder removes the file: a lock on one that is gone is no lock.
-                Ok(()) if same_file(&path, &lock) => return Ok(Claim { path, _lock: lock }),
+                Ok(()) if same_file(&path, &lock) => return Ok(Some(Claim { path, _lock: lock })),
                 Ok(()) => {}
-                Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => {
-                    if !std::mem::replace(&mut told, true) {
-                        events.note("another kiln is making this layer: waiting for it");
-                    }
-                    // There is no lock to wait for with a signal in mind; a tenth of a second is nothing beside a step.
-                    std::thread::sleep(std::time::Duration::from_millis(100));
-                }
+                Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => return Ok(None),
                 Err(error) => return Err(failed(error.into())),
             }
         }

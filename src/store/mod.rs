@@ -30,7 +30,7 @@ use crate::error::Error;
 
 pub use base::Imported;
 pub use gc::{Entry, Kind, Limits};
-pub use layer::{Claim, DISK as LAYER_DISK, Layer, Lookup, Pending, Record};
+pub use layer::{CLAIM_LOOK, Claim, DISK as LAYER_DISK, Layer, Lookup, Pending, Record};
 pub use transfer::Transferred;
 pub(crate) use verify::{differences, pass};
 

@@ -5,8 +5,9 @@ use std::io::{self, Write};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::board::prefixed;
 use super::{Ui, Verbosity};
 use crate::event::Event;
 use crate::units::{Size, show_duration};
@@ -15,6 +16,13 @@ use crate::units::{Size, show_duration};
 pub(super) struct Shower {
     ui: Ui,
     live: Mutex<Option<ProgressBar>>,
+    beside: Option<Beside>,
+}
+
+/// One of several builds on a terminal.
+pub(super) struct Beside {
+    pub(super) name: String,
+    pub(super) lives: MultiProgress,
 }
 
 #[derive(Clone, Copy)]
@@ -27,7 +35,11 @@ enum Colour {
 
 impl Shower {
     pub(super) fn new(ui: Ui) -> Self {
-        Self { ui, live: Mutex::new(None) }
+        Self { ui, live: Mutex::new(None), beside: None }
+    }
+
+    pub(super) fn beside(ui: Ui, beside: Beside) -> Self {
+        Self { ui, live: Mutex::new(None), beside: Some(beside) }
     }
 
     pub(super) fn show(&self, event: &Event) {
@@ -74,6 +86,11 @@ impl Shower {
         if self.ui.verbosity < from {
             return;
         }
+        if let Some(Beside { name, lives }) = &self.beside {
+            let text = prefixed(name, text);
+            let write = || drop(io::stderr().lock().write_all(text.as_bytes()));
+            return if self.ui.live { lives.suspend(write) } else { write() };
+        }
         let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         let write = || drop(writeln!(io::stderr().lock(), "{text}"));
         match &*live {
@@ -86,9 +103,12 @@ impl Shower {
         if !self.ui.live || self.ui.verbosity == Verbosity::Quiet {
             return;
         }
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(8));
+        let (bar, what) = match &self.beside {
+            Some(Beside { name, lives }) => (lives.add(ProgressBar::no_length()), format!("[{name}] {what}")),
+            None => (ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(8)), what.to_owned()),
+        };
         bar.set_style(style("{spinner} {msg} {elapsed}"));
-        bar.set_message(what.to_owned());
+        bar.set_message(what);
         bar.enable_steady_tick(Duration::from_millis(125));
         let before = self.live.lock().unwrap_or_else(PoisonError::into_inner).replace(bar);
         if let Some(before) = before {

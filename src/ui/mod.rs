@@ -1,11 +1,14 @@
 //! How things are shown: the only module that prints. Results go to stdout, everything else to stderr.
 
+mod board;
 mod human;
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 
 use annotate_snippets::{AnnotationKind, Level, Renderer, Snippet};
+
+pub use board::Board;
 
 use crate::error::{Error, Place};
 use crate::event::Events;
@@ -70,6 +73,19 @@ impl Ui {
         }
     }
 
+    /// Where builds that run side by side are shown.
+    #[must_use]
+    pub fn board(self) -> Board {
+        Board::new(self)
+    }
+
+    /// Prints what is said at the end to people, on stderr.
+    pub fn summary(self, text: &str) {
+        if self.format == Format::Human && self.verbosity > Verbosity::Quiet {
+            let _ = io::stderr().lock().write_all(clean(text).as_bytes());
+        }
+    }
+
     /// Prints a result: `human` or, as one document, `json`.
     pub fn result(self, human: &str, json: &serde_json::Value) {
         let text = match self.format {
@@ -87,14 +103,8 @@ impl Ui {
         let text = match self.format {
             Format::Human => render(error, self.colour),
             Format::Json => {
-                let place = error.place.as_ref().map(|place| {
-                    let (line, column) = place.line_column();
-                    serde_json::json!({ "file": place.path, "line": line, "column": column })
-                });
-                let value = serde_json::json!({
-                    "event": "error", "message": error.message, "exit_code": error.exit.code(), "place": place,
-                    "notes": error.notes, "log": error.log, "help": error.help,
-                });
+                let mut value = error_value(error);
+                value["event"] = "error".into();
                 format!("{value}\n")
             }
         };
@@ -109,6 +119,19 @@ impl Ui {
             let _ = out.write_all(bytes).and_then(|()| out.flush());
         })
     }
+}
+
+/// A failure as programs read it.
+#[must_use]
+pub fn error_value(error: &Error) -> serde_json::Value {
+    let place = error.place.as_ref().map(|place| {
+        let (line, column) = place.line_column();
+        serde_json::json!({ "file": place.path, "line": line, "column": column })
+    });
+    serde_json::json!({
+        "message": error.message, "exit_code": error.exit.code(), "place": place, "notes": error.notes,
+        "log": error.log, "help": error.help,
+    })
 }
 
 /// A failure as people read it.
