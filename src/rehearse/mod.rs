@@ -229,26 +229,12 @@ impl Rehearsal<'_> {
 
     fn up(&self, stage: &Stage, firmware: Firmware, needs_agent: bool) -> Result<Reached, Error> {
         let play = Play { login: Login::default(), ssh: None, mirror: None };
-        let machine = self.start(stage, firmware, play)?;
-        Guest::reach(machine, self.limit, needs_agent).map_err(|error| {
-            let mut failure = guest_failure(error);
-            match failure.exit {
-                Exit::Signal(_) => return failure,
-                Exit::Input => failure.exit = Exit::Differs,
-                _ => {}
-            }
-            failure.help.get_or_insert_with(|| {
-                if failure.exit == Exit::Differs {
-                    "read the console's log: it ends where the boot did".to_owned()
-                } else if needs_agent {
-                    "read the console's log; the tests need cloud-init in the image".to_owned()
-                } else {
-                    "read the console's log; does the image have a login on its serial console (console=ttyS0)?"
-                        .to_owned()
-                }
-            });
-            failure
-        })
+        // A console may be quicker than QEMU's greeting.
+        let machine = self.start(stage, firmware, play).map_err(|error| match error.exit {
+            Exit::Input => explained(error, needs_agent),
+            _ => error,
+        })?;
+        Guest::reach(machine, self.limit, needs_agent).map_err(|error| explained(guest_failure(error), needs_agent))
     }
 
     /// Boots the disk and connects its console to this terminal until the guest powers off or the end key is pressed.
@@ -277,6 +263,25 @@ impl Rehearsal<'_> {
         }
         machine.wait_for_end().map_err(guest_failure)
     }
+}
+
+/// A disk that didn't come up, with what to do.
+fn explained(mut failure: Error, needs_agent: bool) -> Error {
+    match failure.exit {
+        Exit::Signal(_) => return failure,
+        Exit::Input => failure.exit = Exit::Differs,
+        _ => {}
+    }
+    failure.help.get_or_insert_with(|| {
+        if failure.exit == Exit::Differs {
+            "read the console's log: it ends where the boot did".to_owned()
+        } else if needs_agent {
+            "read the console's log; the tests need cloud-init in the image".to_owned()
+        } else {
+            "read the console's log; does the image have a login on its serial console (console=ttyS0)?".to_owned()
+        }
+    });
+    failure
 }
 
 /// How the guest is started for a person or a test.
