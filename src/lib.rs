@@ -12,6 +12,9 @@
 //! [`disk::export`] writes the raw disk and its block map in one pass. The output folder appears under its name when it
 //! is whole.
 //!
+//! Many recipes are built side by side (`build/many.rs`): all are read and planned first, then each is built by a thread
+//! of its own, as by a kiln of its own. They share what the store shares.
+//!
 //! # The modules
 //! | module | holds |
 //! |---|---|
@@ -68,6 +71,8 @@
 //!   can't is never kept.
 //! - A layer is whole or not there. One whose files are not what its record says is a miss with a warning.
 //! - Whoever makes a layer holds its claim; others wait for it, and then use it. What is in use is never removed.
+//! - Of builds side by side only so many work at once (`build/turns.rs`). A build that waits for a layer before it has a
+//!   guest leaves its turn to others; who holds a claim has a turn, so that whatever is waited for gets on.
 //!
 //! # The network
 //! `network = "open"` is QEMU's user networking, which would let the guest reach the host's loopback. So the frames

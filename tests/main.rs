@@ -4,6 +4,7 @@
 
 mod cli;
 mod failures;
+mod many;
 mod publish;
 mod real;
 mod rehearse;
