@@ -119,7 +119,7 @@ pub enum Command {
 }
 
 /// `kiln build`.
-#[allow(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 #[derive(Debug, Args)]
 pub struct Build {
     /// The recipes, or folders whose *.toml they are

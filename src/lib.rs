@@ -12,6 +12,9 @@
 //! the raw disk and its block map are finished: what was behind the guest's overlays was written and hashed while it
 //! worked ([`disk::Draft`]). The output folder appears under its name when it is whole.
 //!
+//! Many recipes are built side by side (`build/many.rs`): all are read and planned first, then each is built by a thread
+//! of its own, as by a kiln of its own. They share what the store shares.
+//!
 //! # The modules
 //! | module | holds |
 //! |---|---|
@@ -72,6 +75,8 @@
 //! - A layer is whole or not there. One whose files are not what its record says is a miss with a warning.
 //! - A layer is never replaced: made again it gets a folder of its own, and what was built on the first stays on that.
 //! - Whoever makes a layer holds its claim; others wait for it, and then use it. What is in use is never removed.
+//! - Of builds side by side only so many work at once (`build/turns.rs`). A build that waits for a layer before it has a
+//!   guest leaves its turn to others; who holds a claim has a turn, so that whatever is waited for gets on.
 //!
 //! # A shell
 //! `kiln shell` takes up a layer as a build does (`build/shell.rs`), claims nothing, keeps nothing, and holds what is

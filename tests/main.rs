@@ -5,6 +5,7 @@
 mod cli;
 mod failures;
 mod kills;
+mod many;
 mod memory;
 mod publish;
 mod real;

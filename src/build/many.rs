@@ -6,8 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::inputs::{self, Inputs};
@@ -33,13 +32,13 @@ pub(super) struct Beside<'a> {
     pub(super) host: &'a Host,
     pub(super) accelerator: Accelerator,
     pub(super) turn: Turn<'a>,
-    awaited: &'a BTreeSet<String>,
+    parted: &'a BTreeSet<String>,
 }
 
 impl Beside<'_> {
     /// Whether other builds go on from the layer with this key.
-    pub(super) fn awaits(&self, key: &str) -> bool {
-        self.awaited.contains(key)
+    pub(super) fn go_on_from(&self, key: &str) -> bool {
+        self.parted.contains(key)
     }
 }
 
@@ -125,7 +124,7 @@ pub struct Ready {
     jobs: Vec<Job>,
     host: Host,
     accelerator: Accelerator,
-    awaited: BTreeSet<String>,
+    parted: BTreeSet<String>,
 }
 
 /// Reads and plans every recipe. Nothing is built if any is wrong.
@@ -133,21 +132,24 @@ pub struct Ready {
 /// # Errors
 /// What is wrong, in the order of the recipes; or the one thing that all fail with.
 pub fn prepare(requests: Vec<Request>, store: &Store, events: &Events, cancel: &Cancel) -> Result<Ready, Vec<Error>> {
-    let read = |request: Request| read_recipe(&request.recipe, &request.set).map(|recipe| (request, recipe));
+    let read = |request: Request| {
+        let recipe = read_recipe(&request.recipe, &request.set)?;
+        let inputs = inputs::read(&recipe, request.source_date_epoch, cancel)?;
+        Ok((request, recipe, inputs))
+    };
     let recipes = all(requests.into_iter().map(read))?;
     refuse_same_names(&recipes)?;
-    let Some((first, _)) = recipes.first() else { return Err(vec![Error::new(Exit::Usage, "no recipe to build")]) };
+    let Some((first, ..)) = recipes.first() else { return Err(vec![Error::new(Exit::Usage, "no recipe to build")]) };
     let (host, accelerator) = find_host(first, store, events, cancel).map_err(|error| vec![error])?;
-    let plan = |(request, recipe): (Request, Recipe)| {
-        let inputs = inputs::read(&recipe, request.source_date_epoch, cancel)?;
+    let plan = |(request, recipe, inputs): (Request, Recipe, Vec<Inputs>)| {
         let base = import_base(&recipe, &host, store, events, cancel)?;
         let (plan, ..) = make_plan(&recipe, &base, &inputs)?;
         fresh_from(&request.fresh, &plan)?;
         Ok(Job { request, recipe, inputs, keys: keys(&plan) })
     };
     let jobs = all(recipes.into_iter().map(plan))?;
-    let awaited = awaited(jobs.iter().map(|job| job.keys.as_slice()));
-    Ok(Ready { jobs, host, accelerator, awaited })
+    let parted = parted(jobs.iter().map(|job| job.keys.as_slice()));
+    Ok(Ready { jobs, host, accelerator, parted })
 }
 
 /// All values, or all errors; a stop is the only one.
@@ -163,10 +165,10 @@ fn all<T>(results: impl Iterator<Item = Result<T, Error>>) -> Result<Vec<T>, Vec
     if errors.is_empty() { Ok(values) } else { Err(errors) }
 }
 
-fn refuse_same_names(recipes: &[(Request, Recipe)]) -> Result<(), Vec<Error>> {
+fn refuse_same_names(recipes: &[(Request, Recipe, Vec<Inputs>)]) -> Result<(), Vec<Error>> {
     let mut names: BTreeMap<&str, &Path> = BTreeMap::new();
     let mut errors = Vec::new();
-    for (request, recipe) in recipes {
+    for (request, recipe, _) in recipes {
         if let Some(other) = names.insert(&recipe.name, &request.recipe) {
             let (one, two) = (other.display(), request.recipe.display());
             let folder = request.out.join(&recipe.name);
@@ -183,7 +185,7 @@ fn keys(plan: &Plan) -> Vec<String> {
 }
 
 /// The last layers that builds have in common: at least two have them, and not all of those have the next.
-fn awaited<'a>(builds: impl Iterator<Item = &'a [String]>) -> BTreeSet<String> {
+fn parted<'a>(builds: impl Iterator<Item = &'a [String]>) -> BTreeSet<String> {
     let builds: Vec<_> = builds.collect();
     let mut count: BTreeMap<&str, usize> = BTreeMap::new();
     for key in builds.iter().copied().flatten() {
@@ -230,7 +232,7 @@ impl Ready {
         let name = job.recipe.name.clone();
         let (started, events) = (Instant::now(), (how.events)(&name));
         warn(&job.recipe, &events);
-        let beside = Beside { host: &self.host, accelerator: self.accelerator, turn, awaited: &self.awaited };
+        let beside = Beside { host: &self.host, accelerator: self.accelerator, turn, parted: &self.parted };
         let result = build_recipe(&job.recipe, &job.inputs, &job.request, Some(beside), store, &events, &group.cancel);
         let outcome = match result {
             Ok(artifact) => {
@@ -314,11 +316,11 @@ mod tests {
     }
 
     #[test]
-    fn a_memory_state_is_awaited_where_builds_part() {
+    fn a_memory_state_is_kept_where_builds_part() {
         let build = |keys: &str| keys.chars().map(String::from).collect::<Vec<_>>();
         let parts = |builds: &[&str]| {
             let builds: Vec<_> = builds.iter().map(|keys| build(keys)).collect();
-            awaited(builds.iter().map(Vec::as_slice)).into_iter().collect::<String>()
+            parted(builds.iter().map(Vec::as_slice)).into_iter().collect::<String>()
         };
         assert_eq!(parts(&["abc", "abd", "abe"]), "b");
         assert_eq!(parts(&["abc", "abd", "axe"]), "ab");

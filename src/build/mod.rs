@@ -404,8 +404,8 @@ impl Job<'_> {
             }
             let step = &session.recipe.steps[index];
             let log = pending.path().join(steps::log_name(index, step));
-            let awaited = beside.as_ref().is_some_and(|beside| beside.awaits(&session.plan.layers[index + 1].key));
-            let keep = Keep { memory: step.checkpoint.or(awaited.then_some(true)), log: Some(&log) };
+            let shared = beside.as_ref().is_some_and(|beside| beside.go_on_from(&session.plan.layers[index + 1].key));
+            let keep = Keep { memory: step.checkpoint.or(shared.then_some(true)), log: Some(&log) };
             layers.keep(index + 1, started.elapsed(), keep, &mut session, &mut guest)?;
         }
         let packages = events.phase("seal", "sealing the disk", |_| String::new(), || seal(&mut session, guest))?;

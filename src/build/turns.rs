@@ -1,7 +1,7 @@
 //! Builds that run side by side take turns: only so many work at once, and those that come first in order go first.
 //!
-//! Whoever holds the claim of a layer has a turn, or a guest that waits for one deeper; so a build that waits for a layer
-//! leaves its turn to others, and whoever makes the layer gets on.
+//! Whoever holds the claim of a layer has a turn. A build that waits for a layer before it has a guest leaves its turn to
+//! others. One with a guest waits in its turn, for a layer deeper than its own: so nobody waits in a circle.
 
 use std::collections::BTreeSet;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};

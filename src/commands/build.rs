@@ -59,7 +59,7 @@ fn several(
     (jobs, fail_fast): (Option<usize>, bool),
 ) -> Result<(), Error> {
     let (store, ui, recipes) = (context.store()?, context.ui, requests.len());
-    // Gone before builds begin: their live lines are on a board of their own.
+    // These events end before the builds begin, whose live lines are on a board of their own.
     let prepared = many::prepare(requests, &store, &ui.events(), context.cancel);
     let ready = prepared.map_err(|errors| refused(context, errors, recipes))?;
     let board = ui.board();
@@ -84,7 +84,7 @@ fn several(
     }
 }
 
-/// All mistakes but the last one, which ends kiln, are shown.
+/// What ends kiln: the one mistake, or how many there are, once all are shown.
 fn refused(context: &Context<'_>, mut errors: Vec<Error>, recipes: usize) -> Error {
     if errors.len() == 1 {
         return errors.remove(0);

@@ -32,13 +32,13 @@ fn a_missing_recipe() {
 }
 
 #[test]
-fn a_recipe_that_is_a_folder() {
+fn a_folder_without_recipes() {
     let bench = Bench::empty();
     bench.write("web.toml/x", "");
     insta::assert_snapshot!(refused(&bench), @r#"
-    error: the recipe `web.toml` is a folder
+    error: the folder `web.toml` has no recipe in it
      |
-    help: `kiln init` writes a recipe to start from
+    help: recipes are the *.toml directly in it; `kiln init` writes one to start from
     "#);
 }
 
