@@ -343,22 +343,10 @@ fn chain(store: &Store, layer: &plan::Layer, session: &Session<'_>) -> Option<Ve
     if !layer.cached {
         return None;
     }
-    let mut layers = Vec::new();
-    let mut next = Some(store.layer(&layer.key));
-    while let Some(found) = next.take() {
-        match found {
-            Lookup::Hit(layer) => {
-                next = layer.record().backing.as_deref().map(|id| store.layer_in(id));
-                layers.insert(0, *layer);
-            }
-            Lookup::Miss => return None,
-            Lookup::Damaged(why) => {
-                session.events.warn(format!("the cached layer of `{}` can't be used: {why}", layer.name));
-                return None;
-            }
-        }
-    }
-    Some(layers)
+    store.chain(&layer.key).unwrap_or_else(|why| {
+        session.events.warn(format!("the cached layer of `{}` can't be used: {why}", layer.name));
+        None
+    })
 }
 
 /// A layer's disk, as seen from a scratch folder and from another layer.

@@ -2,8 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::manifest::{DISK, Manifest};
@@ -100,13 +99,7 @@ fn add_sum(
     }
     let manifest = Manifest { sha256: Some(sha256), ..manifest };
     output::rewrite_manifest(&request.out, &here, &manifest)?;
-    let same = (&manifest.artifact, &manifest.digest) == (&seen.artifact, &seen.digest) && is(&folder, &handle);
+    let same =
+        (&manifest.artifact, &manifest.digest) == (&seen.artifact, &seen.digest) && store::same_file(&folder, &handle);
     Ok(same.then_some(Artifact { folder, manifest }))
-}
-
-fn is(folder: &Path, handle: &File) -> bool {
-    match (folder.metadata(), handle.metadata()) {
-        (Ok(there), Ok(here)) => (there.dev(), there.ino()) == (here.dev(), here.ino()),
-        _ => false,
-    }
 }

@@ -184,6 +184,26 @@ impl Store {
         found
     }
 
+    /// The layer with this key and those that it is over, itself last; none if it, or one of them, isn't there.
+    ///
+    /// # Errors
+    /// Why one of them can't be used.
+    pub fn chain(&self, key: &str) -> Result<Option<Vec<Layer>>, String> {
+        let mut layers = Vec::new();
+        let mut next = Some(self.layer(key));
+        while let Some(found) = next.take() {
+            match found {
+                Lookup::Hit(layer) => {
+                    next = layer.record().backing.as_deref().map(|id| self.layer_in(id));
+                    layers.insert(0, *layer);
+                }
+                Lookup::Miss => return Ok(None),
+                Lookup::Damaged(why) => return Err(why),
+            }
+        }
+        Ok(Some(layers))
+    }
+
     /// As [`Self::layer`], the one in this folder.
     #[must_use]
     pub fn layer_in(&self, id: &str) -> Lookup {
@@ -325,7 +345,8 @@ impl Pending {
     }
 }
 
-pub(super) fn same_file(path: &Path, file: &File) -> bool {
+/// Whether the open file, or folder, is what the path leads to.
+pub(crate) fn same_file(path: &Path, file: &File) -> bool {
     use std::os::unix::fs::MetadataExt;
     match (path.metadata(), file.metadata()) {
         (Ok(there), Ok(here)) => (there.dev(), there.ino()) == (here.dev(), here.ino()),

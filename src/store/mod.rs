@@ -30,6 +30,7 @@ use crate::error::Error;
 
 pub use base::Imported;
 pub use gc::{Entry, Kind, Limits};
+pub(crate) use layer::same_file;
 pub use layer::{CLAIM_LOOK, Claim, DISK as LAYER_DISK, Layer, Lookup, Pending, Record};
 pub use transfer::Transferred;
 pub(crate) use verify::{differences, pass};
@@ -105,7 +106,7 @@ impl Store {
             // Removed while it is held, as its holder does.
             if let Ok(lock) = File::open(&path)
                 && rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok()
-                && layer::same_file(&path, &lock)
+                && same_file(&path, &lock)
             {
                 let _ = std::fs::remove_file(path);
             }

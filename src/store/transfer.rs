@@ -16,7 +16,7 @@ use lz4_flex::frame::{FrameDecoder, FrameEncoder, FrameInfo};
 use serde::{Deserialize, Serialize};
 use tar::{Archive, Builder, EntryType, Header};
 
-use super::layer::{self, Layer, Lookup};
+use super::layer::{self, Layer};
 use super::{Imported, Store};
 use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
@@ -90,17 +90,8 @@ impl Store {
     fn chains(&self, keys: &[&str]) -> Vec<Layer> {
         let mut layers: Vec<Layer> = Vec::new();
         for key in keys {
-            let mut chain = Vec::new();
-            let mut next = Some(self.layer(key));
-            while let Some(found) = next.take() {
-                let Lookup::Hit(layer) = found else {
-                    // What it is over is gone or damaged, and so is it.
-                    chain.clear();
-                    break;
-                };
-                next = layer.record().backing.as_deref().map(|id| self.layer_in(id));
-                chain.insert(0, *layer);
-            }
+            // One that is over something damaged is as good as none.
+            let chain = self.chain(key).ok().flatten().unwrap_or_default();
             for layer in chain {
                 if layers.iter().all(|known| known.id() != layer.id()) {
                     layers.push(layer);
