@@ -51,7 +51,11 @@
 //! # The guest
 //! The agent (`vm/agent.sh`) is a POSIX sh script on a read-only raw drive. With direct boot the disk's own kernel,
 //! read from its filesystem without a mount, starts it by `systemd.run=`. With firmware boot cloud-init starts it from a
-//! `NoCloud` drive on which all other modules are turned off. Both ways end in the same protocol.
+//! `NoCloud` drive on which all other modules are turned off. Both ways end in the same protocol. The drive also brings
+//! kiln's own scripts (`build/guest`) as functions: a guest that is taken up has read them long ago.
+//!
+//! Build guests load every program at the same addresses (`norandmaps`): under software emulation starting a program
+//! costs a third of what it does otherwise, because QEMU finds what it has translated by virtual address.
 //!
 //! Inputs travel as tar streams over a virtio-serial port, not on drives: nothing is hot-plugged, nothing stays in the
 //! guest's page cache, a stream has no size limit but the guest's disk, and secrets are on no drive. Commands and
@@ -60,7 +64,8 @@
 //!
 //! The guest does not shut down at the end of a build. What steps started is stopped, then its filesystems are unmounted
 //! or made read-only, which leaves them clean, and QEMU is told to quit. Daemons of the boot that write nothing to the disk
-//! (`build/guest/settle.sh` names them) go on until then.
+//! (`build/guest/settle.sh` names them) go on until then. Should the root be busy all the same, as after a step replaced a
+//! library that they use, everything ends or starts again, and in the worst case the root is frozen as it is.
 //!
 //! # Layers
 //! After the boot of the base and after each step the build leaves a *layer* in the [`store`]: the overlay that the guest
@@ -69,7 +74,7 @@
 //! content, its parent's key included; a later build begins at the deepest layer that is there (`build/layers.rs`).
 //!
 //! - A memory state is taken only by the machine that it came from: QEMU, its arguments, the processor. Any other boots
-//!   the layer's disk, which was written out before it was kept.
+//!   the layer's disk, which was written out before it was kept, and keeps the layer once more with its own memory.
 //! - A guest that is taken up has its clock set and draws new random numbers before anything else runs in it; one that
 //!   can't is never kept.
 //! - A layer is whole or not there. One whose files are not what its record says is a miss with a warning.

@@ -33,17 +33,19 @@ pub(super) struct Early {
 }
 
 impl Early {
-    /// Begins with what the guest's overlay is over: a raw disk, or an overlay.
-    pub(super) fn begin(behind: PathBuf, overlay: bool, size: u64, pending: &Pending) -> Self {
+    /// Begins with what the guest's overlay is over: the last of a raw disk and the overlays over it.
+    pub(super) fn begin(behind: Vec<PathBuf>, size: u64, pending: &Pending) -> Self {
         let given_up = Arc::new(AtomicBool::new(false));
         let (stop, out) = (Arc::clone(&given_up), pending.path().join(DISK));
         let thread = std::thread::spawn(move || {
             // One thread: the guest has the processors first.
             let work = Work { threads: 1, progress: &|_, _| (), cancelled: &|| stop.load(Ordering::Relaxed) };
-            let noted = behind.with_file_name(BLOCKS);
-            let known = File::open(&noted).ok().and_then(|file| BlockMap::read_from(&mut BufReader::new(file)).ok());
-            let draft = Draft::begin((&behind, overlay), known.as_ref(), size, &out, &work)?;
-            if known.is_none() && overlay {
+            let known = known(&behind);
+            let [.., top] = &behind[..] else { return Err(disk::Error::Cancelled) };
+            let overlay = behind.len() > 1;
+            let draft = Draft::begin((top, overlay), known.as_ref(), size, &out, &work)?;
+            let noted = top.with_file_name(BLOCKS);
+            if overlay && !noted.exists() {
                 // For the next build that begins there. Who can't keep it hashes again.
                 let _ = note(draft.begun(), &noted);
             }
@@ -60,6 +62,17 @@ impl Early {
             None => Err(disk::Error::Cancelled),
         }
     }
+}
+
+/// The digests of the last disk, as far as they are noted: its own, or those of the nearest that has some, without what was
+/// written after that.
+fn known(behind: &[PathBuf]) -> Option<BlockMap> {
+    let top = behind.last()?;
+    behind.iter().rev().find_map(|disk| {
+        let noted = File::open(disk.with_file_name(BLOCKS)).ok()?;
+        let map = BlockMap::read_from(&mut BufReader::new(noted)).ok()?;
+        if disk == top { Some(map) } else { disk::known_through(top, disk, &map).ok() }
+    })
 }
 
 fn note(map: &BlockMap, place: &Path) -> Result<(), disk::Error> {

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
-use super::session::Session;
+use super::session::{Session, library};
 use super::turns::Turn;
 use super::{disk_failure, guest_failure};
 use crate::disk::{Backing, Overlay};
@@ -17,7 +17,7 @@ use crate::error::{Error, Exit};
 use crate::plan::{self, PARENT, Plan};
 use crate::store::{CLAIM_LOOK, Claim, Layer, Lookup, Pending, Record, Store};
 use crate::units::{hex, show_duration};
-use crate::vm::guest::Guest;
+use crate::vm::guest::{AGENT, Guest};
 
 /// A memory state is kept where the steps since the last one took at least this long: that is about what it costs.
 const WORTH: Duration = Duration::from_millis(1000);
@@ -215,9 +215,9 @@ impl<'a> Layers<'a> {
         self.held.last().map(|layer| relative(&layer.id()))
     }
 
-    /// That disk, where it is.
-    pub(super) fn behind_disk(&self) -> Option<PathBuf> {
-        self.held.last().map(Layer::disk)
+    /// The overlays behind the guest's disk, the nearest last.
+    pub(super) fn disks(&self) -> Vec<PathBuf> {
+        self.held.iter().map(Layer::disk).collect()
     }
 
     /// Brings what a kept step printed to `log`; `false` if that is not known any more.
@@ -256,6 +256,36 @@ impl<'a> Layers<'a> {
             self.claim = self.claim_next(index + 1, session)?;
             return Ok(());
         }
+        let record = self.record(layer, took, session.network_up);
+        self.write(index, record, with_memory, what.log, session, guest)?;
+        // The next one is claimed before this one can be found, so that nobody comes in between.
+        self.claim = self.claim_next(index + 1, session)?;
+        Ok(())
+    }
+
+    /// Keeps the layer where the build began once more, with the memory of this machine, which had to boot its disk.
+    pub(super) fn keep_booted(
+        &mut self,
+        index: usize,
+        session: &mut Session<'_>,
+        guest: &mut Guest,
+    ) -> Result<(), Error> {
+        let Some(held) = self.held.last().filter(|_| guest.savable) else { return Ok(()) };
+        let log = held.log();
+        let record = Record { backing: Some(held.id()), network_up: session.network_up, ..held.record().clone() };
+        self.write(index, record, true, log.exists().then_some(log.as_path()), session, guest)
+    }
+
+    fn write(
+        &mut self,
+        index: usize,
+        record: Record,
+        with_memory: bool,
+        log: Option<&Path>,
+        session: &mut Session<'_>,
+        guest: &mut Guest,
+    ) -> Result<(), Error> {
+        let layer = &self.plan.layers[index];
         let pending = Pending::begin(session.scratch, &layer.key)?;
         guest.sync(SYNC_LIMIT).map_err(guest_failure)?;
         let (old, fresh) = session.next_overlay();
@@ -265,8 +295,7 @@ impl<'a> Layers<'a> {
         let saved =
             guest.checkpoint(session.nodes(), &fresh, memory.as_deref(), session.scratch).map_err(guest_failure)?;
         std::fs::rename(&old, pending.disk()).map_err(|error| Error::io("cannot keep a layer", &error))?;
-        let record = self.record(layer, took, session.network_up);
-        if let Some(log) = what.log {
+        if let Some(log) = log {
             std::fs::copy(log, pending.log()).map_err(|error| Error::io("cannot keep a step's log", &error))?;
         }
         let machines: Vec<_> = memory.iter().map(|_| self.machine.clone()).collect();
@@ -281,8 +310,6 @@ impl<'a> Layers<'a> {
         if with_memory {
             self.since_memory = Duration::ZERO;
         }
-        // The next one is claimed before this one can be found, so that nobody comes in between.
-        self.claim = self.claim_next(index + 1, session)?;
         Ok(())
     }
 
@@ -366,6 +393,8 @@ pub(super) fn machine_key(session: &Session<'_>, shape: &str) -> String {
             .collect(),
         crate::vm::spec::Accelerator::Tcg => String::new(),
     };
-    let text = [host.qemu_version.as_str(), &host.qemu.display().to_string(), &processor, shape].join("\0");
+    // What the agent has read is in the memory.
+    let agent = [AGENT, &library()].concat();
+    let text = [host.qemu_version.as_str(), &host.qemu.display().to_string(), &processor, shape, &agent].join("\0");
     hex(&Sha256::digest(text))[..16].to_owned()
 }

@@ -35,7 +35,7 @@ use crate::store::{self, Imported, Store};
 use crate::units::{MIB, Size, hex};
 use crate::vm;
 use crate::vm::accelerator::{self, Kvm, Wanted};
-use crate::vm::guest::Guest;
+use crate::vm::guest::{Guest, Rest};
 use crate::vm::host::Host;
 use crate::vm::spec::Accelerator;
 use export::{Early, Export};
@@ -376,13 +376,10 @@ impl Job<'_> {
         let mut layers = Layers::new(self.store, &session, &self.base.sha256, machine);
         let turn = beside.as_mut().map(|beside| &mut beside.turn);
         let start = layers.start(fresh_from(&self.request.fresh, session.plan)?, &session, turn)?;
-        let (behind, overlay) = match layers.behind_disk() {
-            Some(disk) => (disk, true),
-            None => (self.base.disk.clone(), false),
-        };
+        let behind = [vec![self.base.disk.clone()], layers.disks()].concat();
         let mut guest = self.begin(&mut session, &mut layers, &start)?;
         // Not before: a guest that boots has use for all processors, one that runs steps rarely.
-        let early = Early::begin(behind, overlay, session.plan.disk_size.bytes(), pending);
+        let early = Early::begin(behind, session.plan.disk_size.bytes(), pending);
         session.give_network(&mut guest)?;
 
         let mut done = self.cached_steps(&session, &layers, start.done(), pending);
@@ -423,14 +420,19 @@ impl Job<'_> {
     /// The guest where the build begins: at the base, which is booted and grown, or at a layer.
     fn begin(&self, session: &mut Session<'_>, layers: &mut Layers<'_>, start: &Start) -> Result<Guest, Error> {
         if let Start::Layer { index, memory } = start {
-            return layers.take_up(*index, memory.as_deref(), session);
+            let mut guest = layers.take_up(*index, memory.as_deref(), session)?;
+            if session.boots > 0 {
+                session.give_network(&mut guest)?;
+                layers.keep_booted(*index, session, &mut guest)?;
+            }
+            return Ok(guest);
         }
         let base = Path::new("../../bases").join(&self.base.sha256).join("disk.raw");
         session.create_overlay(Backing::Raw(&base), &self.growth.patches)?;
         let started = Instant::now();
         let mut guest = Self::boot(session)?;
         if self.growth.grows {
-            session.own(&mut guest, "the larger root filesystem", session::GROW, &BTreeMap::new())?;
+            session.own(&mut guest, "the larger root filesystem", &["kiln_grow"], &BTreeMap::new())?;
         }
         // Before the layer is kept, so that whoever takes it up has it already.
         session.give_network(&mut guest)?;
@@ -547,12 +549,19 @@ impl Job<'_> {
 /// Takes away what the build left and what instances must not share, then stops the guest with its disk clean. The
 /// packages that are installed, unless kiln reads them from the disk.
 fn seal(session: &mut Session<'_>, mut guest: Guest) -> Result<Vec<String>, Error> {
-    let packages = session.end(&mut guest)?;
-    guest.freeze(Duration::from_secs(120)).map_err(|error| match error {
+    let limit = Duration::from_secs(120);
+    let refused = |error| match error {
         vm::Error::Refused(why) => Error::new(Exit::Step, format!("the guest's disk can't be unmounted: {why}"))
             .help("end what uses it in the last step"),
         error => guest_failure(error),
-    })?;
+    };
+    let mut packages = session.end(&mut guest, false)?;
+    if guest.freeze(false, limit).map_err(refused)? == Rest::Busy {
+        session.events.detail("the root filesystem is busy: ending all that runs");
+        packages = session.end(&mut guest, true)?;
+        guest.freeze(true, limit).map_err(refused)?;
+    }
+    guest.quit().map_err(guest_failure)?;
     Ok(packages)
 }
 

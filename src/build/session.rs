@@ -15,7 +15,7 @@ use crate::event::Events;
 use crate::plan::{BootPath, Plan};
 use crate::recipe::{Network, Recipe};
 use crate::units::show_duration;
-use crate::vm::guest::{Archive, Ended, Guest};
+use crate::vm::guest::{Ended, Guest};
 use crate::vm::process::{Launch, Machine};
 use crate::vm::spec::{self, Accelerator, Boot, DiskBus, MemoryState, Spec};
 use crate::vm::{self, Sink, filter, host::Host, seed};
@@ -33,6 +33,19 @@ pub(super) const GROW: &str = include_str!("guest/grow.sh");
 pub(super) const SETTLE: &str = include_str!("guest/settle.sh");
 pub(super) const SEAL: &str = include_str!("guest/seal.sh");
 pub(super) const PACKAGES: &str = include_str!("guest/packages.sh");
+
+/// What the agent's drive brings for [`Session::own`], each script as a function.
+pub(super) fn library() -> String {
+    let scripts = [
+        ("network_up", NETWORK_UP),
+        ("network_down", NETWORK_DOWN),
+        ("grow", GROW),
+        ("settle", SETTLE),
+        ("packages", PACKAGES),
+        ("seal", SEAL),
+    ];
+    scripts.map(|(name, text)| format!("kiln_{name}() {{\n{text}}}\n")).concat()
+}
 
 const PACKAGES_BEGIN: &str = "kiln: packages";
 const PACKAGES_END: &str = "kiln: end of packages";
@@ -121,7 +134,7 @@ impl Session<'_> {
     /// Gives the guest its network, if it is to have one and hasn't yet.
     pub(super) fn give_network(&mut self, guest: &mut Guest) -> Result<(), Error> {
         if self.recipe.machine.network != Network::None && !self.network_up {
-            self.own(guest, "the guest's network", NETWORK_UP, &network_environment())?;
+            self.own(guest, "the guest's network", &["kiln_network_up"], &network_environment())?;
             self.network_up = true;
         }
         Ok(())
@@ -139,7 +152,7 @@ impl Session<'_> {
     fn spec(&self, memory_state: MemoryState) -> Result<Spec, Error> {
         let file = |name: &str| self.scratch.join(name);
         let failed = |error: std::io::Error| Error::io("cannot write the guest's drives", &error);
-        Guest::write_agent_drive(&file("agent")).map_err(failed)?;
+        Guest::write_agent_drive(&file("agent"), &library()).map_err(failed)?;
         let boot = match &self.plan.boot {
             BootPath::Direct => self.direct()?,
             BootPath::Firmware { .. } => {
@@ -199,8 +212,9 @@ impl Session<'_> {
     }
 
     /// Ends what runs in the guest, takes away what it must not leave, and lists its packages: in one script, because
-    /// each costs a tenth of a second under software emulation.
-    pub(super) fn end(&mut self, guest: &mut Guest) -> Result<Vec<String>, Error> {
+    /// each costs a tenth of a second under software emulation. `again` because the root was found busy after that: then
+    /// nothing is spared.
+    pub(super) fn end(&mut self, guest: &mut Guest, again: bool) -> Result<Vec<String>, Error> {
         let seal = &self.recipe.seal;
         let mut env = network_environment();
         let mut keep: Vec<_> = seal.keep.iter().map(|keep| keep.as_str()).collect();
@@ -208,11 +222,17 @@ impl Session<'_> {
             keep.push("logs");
         }
         env.insert("KILN_KEEP".to_owned(), keep.join(" "));
+        env.insert("KILN_AGAIN".to_owned(), if again { "yes" } else { "" }.to_owned());
         // The list comes when nothing of the steps' runs any more that could print into it.
-        let list = format!("echo '{PACKAGES_BEGIN}'\n{PACKAGES}echo '{PACKAGES_END}'\n");
-        let network = if self.network_up { NETWORK_DOWN } else { "" };
-        let script = [SETTLE, &list, network, if seal.enabled { SEAL } else { "" }].concat();
-        let output = self.own(guest, "the seal", &script, &env)?;
+        let list = format!("echo '{PACKAGES_BEGIN}'; kiln_packages; echo '{PACKAGES_END}'");
+        let mut calls = vec!["kiln_settle", &list];
+        if self.network_up {
+            calls.push("kiln_network_down");
+        }
+        if seal.enabled {
+            calls.push("kiln_seal");
+        }
+        let output = self.own(guest, "the seal", &calls, &env)?;
         self.network_up = false;
         let text = String::from_utf8_lossy(&output);
         let packages = text.split(PACKAGES_BEGIN).nth(1).and_then(|rest| rest.split(PACKAGES_END).next());
@@ -222,27 +242,25 @@ impl Session<'_> {
     /// Takes the guest's network away, and what it left on the disk.
     pub(super) fn network_down(&mut self, guest: &mut Guest) -> Result<(), Error> {
         if self.network_up {
-            self.own(guest, "the network's end", NETWORK_DOWN, &network_environment())?;
+            self.own(guest, "the network's end", &["kiln_network_down"], &network_environment())?;
             self.network_up = false;
         }
         Ok(())
     }
 
-    /// Runs one of kiln's own scripts in the guest; its output goes to the build's log only if it fails.
+    /// Runs functions of the [`library`] in the guest; their output goes to the build's log only if they fail.
     pub(super) fn own(
         &self,
         guest: &mut Guest,
         what: &str,
-        text: &str,
+        calls: &[&str],
         env: &BTreeMap<String, String>,
     ) -> Result<Vec<u8>, Error> {
         let output = Arc::new(Mutex::new(Vec::new()));
         let sink: Box<dyn Sink> = Box::new(Answer(Arc::clone(&output)));
-        let text = format!("{}{text}", environment(env));
-        let script = Archive::text(self.scratch, &text);
-        let script = script.map_err(|error| Error::io("cannot write the guest's drives", &error))?;
+        let words = format!("{}{}", environment(env), calls.join("; ")).replace('\n', "; ");
         let started = Instant::now();
-        let ended = guest.own(what, script, sink, OWN_LIMIT).map_err(guest_failure)?;
+        let ended = guest.own(what, &words, sink, OWN_LIMIT).map_err(guest_failure)?;
         self.events.detail(format!("{what}: {}", show_duration(started.elapsed())));
         let output = std::mem::take(&mut *output.lock().unwrap_or_else(PoisonError::into_inner));
         let Ended { status, .. } = ended;
@@ -306,11 +324,15 @@ pub(crate) fn uefi(host: &Host, folder: &Path) -> Result<Boot, Error> {
 
 /// `panic=-1` turns a panic into a reset, which QEMU reports; cloud-init stays off, so that it leaves no traces;
 /// `AppArmor` stays off because compiling its profiles at boot takes longer than the rest under software emulation, and
-/// so do the kernel's tests of its ciphers. The journal stays in memory (systemd-debug-generator(8) has the masks): nothing
+/// so do the kernel's tests of its ciphers and its zeroing of memory that is handed out. All programs are loaded at the same
+/// addresses: QEMU finds what it has translated of a library by virtual address, so each program would be translated anew
+/// (`tb_cmp` in QEMU's accel/tcg/cpu-exec.c; starting one takes 45 ms then, 13 ms so), and what a step makes must not
+/// depend on addresses. The journal stays in memory (systemd-debug-generator(8) has the masks): nothing
 /// holds a file of the disk open at the end, and no log of a build is in an image.
 fn command_line(root: &str) -> String {
     format!(
-        "root={root} rw console=ttyS0 quiet panic=-1 apparmor=0 cryptomgr.notests cloud-init=disabled \
+        "root={root} rw console=ttyS0 quiet panic=-1 apparmor=0 cryptomgr.notests norandmaps \
+         init_on_alloc=0 cloud-init=disabled \
          systemd.mask=systemd-journal-flush.service systemd.run=\"/bin/sh /dev/disk/by-id/virtio-kiln-agent\""
     )
 }

@@ -77,6 +77,27 @@ impl Draft {
     }
 }
 
+/// What the block map of a disk tells of the overlay `top`, which is over it: the blocks that no overlay has touched.
+/// The others are missing.
+///
+/// # Errors
+/// When it isn't over it, or can't be read.
+pub fn known_through(top: &Path, behind: &Path, map: &BlockMap) -> Result<BlockMap, Error> {
+    let size = Image::overlay(top)?.size();
+    let mut known = BlockMap::from_data(size, map.data());
+    let mut touched = changes(top, behind)?;
+    if map.size() < size && !map.size().is_multiple_of(BLOCK) {
+        // Its last block is longer in a larger disk.
+        touched.push(map.size() - 1..map.size());
+    }
+    for range in whole_blocks(touched, size) {
+        for index in range.start / BLOCK..range.end.div_ceil(BLOCK) {
+            known.set(index, None);
+        }
+    }
+    Ok(known)
+}
+
 /// What the overlays from `top` down to `behind`, which is not one of them, have written or discarded.
 fn changes(top: &Path, behind: &Path) -> Result<Vec<Range<u64>>, Error> {
     let end = identity(behind)?;
@@ -156,7 +177,7 @@ mod tests {
             pieces in proptest::collection::vec((0_u64..20_000, 1_usize..900_000, 0_u8..4), 0..8),
             below in proptest::collection::vec((0_u64..24_000, 1_u64..3000, 0_u8..4), 0..6),
             above in proptest::collection::vec((0_u64..24_000, 1_u64..3000, 0_u8..4), 0..6),
-            uneven in 0_u64..3, from_layer: bool, known: bool,
+            uneven in 0_u64..3, from_layer: bool, known in 0_u8..3,
         ) {
             use std::os::unix::fs::FileExt;
             const SIZE: u64 = 24 << 20;
@@ -184,11 +205,19 @@ mod tests {
             let work = Work::quiet(2);
             let (behind, overlay) = if from_layer { (&one, true) } else { (&base, false) };
             // As well as without it, and whoever knows only some blocks hashes the rest.
-            let known = known.then(|| {
-                let mut map = BlockMap::of_image(&if overlay { Image::overlay(behind) } else { Image::raw(behind) }.unwrap(), &work).unwrap();
-                map.set(3, None);
-                map
-            });
+            let known = match known {
+                0 => None,
+                1 if overlay => {
+                    let map = BlockMap::of_image(&Image::raw(&base).unwrap(), &work).unwrap();
+                    Some(known_through(behind, &base, &map).unwrap())
+                }
+                _ => {
+                    let image = if overlay { Image::overlay(behind) } else { Image::raw(behind) }.unwrap();
+                    let mut map = BlockMap::of_image(&image, &work).unwrap();
+                    map.set(3, None);
+                    Some(map)
+                }
+            };
             let draft = Draft::begin((behind, overlay), known.as_ref(), SIZE, &shop.path("draft"), &work).unwrap();
             write(&two, above);
             let finished = draft.finish(&two, &work).unwrap();

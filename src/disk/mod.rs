@@ -55,7 +55,7 @@ pub use blocks::{BLOCK, BlockMap, Digest};
 pub use boot::{BootFiles, WhyNot, boot_files, root_file};
 pub use copy::{Exported, Work, export};
 pub use create::Backing;
-pub use draft::Draft;
+pub use draft::{Draft, known_through};
 pub use error::Error;
 pub use ext::GuestFile;
 pub use firmware::{Arch, BootModes};

@@ -198,7 +198,7 @@ impl Rehearsal<'_> {
         let folder = stage.scratch.path();
         let failed = |error: std::io::Error| Error::io("cannot write the guest's drives", &error);
         let agent = folder.join("agent");
-        Guest::write_agent_drive(&agent).map_err(failed)?;
+        Guest::write_agent_drive(&agent, "").map_err(failed)?;
         seed::write_instance(&folder.join("seed"), &play.login).map_err(failed)?;
         let boot = match firmware {
             Firmware::Bios => Boot::Bios,

@@ -6,9 +6,10 @@
 # never in a step's environment, arguments or open files, so a step can't forge an answer.
 #
 #   in   run NONCE BYTES sh|exec NAME  BYTES of tar on kiln.in, all in the folder NAME; runs NAME/.kiln/step there
-#        own NONCE BYTES              BYTES of a script on kiln.in, run in a shell that is there already
+#        own NONCE WORDS...           runs what the drive brought before this script, in a shell that is there already
 #        put NONCE BYTES USER GROUP DIR/   BYTES of tar on kiln.in, unpacked into DIR (the rest of the line)
-#        freeze NONCE                 unmounts or freezes every filesystem; nothing is written after the answer
+#        freeze NONCE once|whatever   unmounts every filesystem or makes it read-only; nothing is written after the answer.
+#                                     A root that is in use is refused as busy, or frozen, which replays its log one day
 #        sync NONCE                   writes out what the guest holds in memory for its disk
 #        halt NONCE                   shuts the guest down
 #        wake NONCE EPOCH SEED        the guest's memory was saved and is back: sets the clock, draws new random numbers
@@ -74,6 +75,7 @@ run() { # NONCE BYTES sh|exec NAME: all of the archive is in the folder NAME
         answer fail "$1" "the step's files could not be unpacked in the guest, where $((left / 1024)) MiB were free"
         return
     fi
+    wait
     nonce=$1
     if [ "$3" = sh ]; then set -- sh -eu; else set --; fi
     (
@@ -89,17 +91,16 @@ run() { # NONCE BYTES sh|exec NAME: all of the archive is in the folder NAME
     ) 2>/dev/null
     status=$?
     finish "$nonce" "$status"
-    rm -rf "$work"
+    rm -rf "$work" &
 }
 
-own() { # NONCE BYTES: a script of kiln's own, which needs no folder and keeps out of steps' way
+own() { # NONCE WORDS: kiln's own work, which needs no folder and keeps out of steps' way
     nonce=$1
-    text=$(receive "$2")
     (
         unset nonce
         exec </dev/null >&4 2>&4 3>&- 4>&- 5<&-
         set -eu
-        eval "$text"
+        eval "$2"
     )
     finish "$nonce" "$?"
 }
@@ -130,23 +131,25 @@ reseed() {
 }
 
 wake() { # NONCE EPOCH SEED
+    # The clock is waited for before anything else is done.
     date -s "@$2" >/dev/null &
     printf '%s' "$3" >/dev/urandom
     if reseeds_itself || reseed; then
-        wait
         answer "done" "$1" 0 0
     else
         answer fail "$1" "the guest can't draw new random numbers"
     fi
 }
 
-freeze() { # NONCE
+freeze() { # NONCE once|whatever [fresh]
     # This shell may run on a libc that a step replaced, as kiln's settle.sh has found out. The old one's file would stay
     # on the disk without a name, and a check of the filesystem would find it.
-    if [ "${2:-}" != fresh ] && [ -e /run/kiln/outdated ]; then exec /bin/sh "$0" freeze "$1"; fi
+    if [ "${3-}" != fresh ] && [ -e /run/kiln/outdated ]; then exec /bin/sh "$0" freeze "$1" "$2"; fi
     { read -r _ && read -r _; } </proc/swaps && swapoff -a
-    # What was mounted last goes first; the root's own part meanwhile, because each program takes a while to start.
-    { sync && fstrim / || echo "kiln: fstrim / failed" >&2; } &
+    # The others meanwhile, because each program takes a while to start.
+    mount -o remount,ro / 2>/run/kiln/remount &
+    root=$!
+    # What was mounted last goes first.
     places=''
     while read -r device place _; do
         case $device:$place in /dev/*:/) ;; /dev/*) places="$place $places" ;; esac
@@ -158,10 +161,18 @@ freeze() { # NONCE
         case $place in /boot/efi | /efi) ;; *) sync && fstrim "$place" 2>/dev/null ;; esac
         umount "$place" || mount -o remount,ro "$place" || { answer fail "$1" "$place stays in use"; return; }
     done
-    wait
-    # Read-only is as clean as unmounted; what is still open for writing allows only a freeze, whose log is replayed at
-    # the next mount.
-    mount -o remount,ro / || fsfreeze -f / || { answer fail "$1" "the root filesystem could not be frozen"; return; }
+    # Read-only is as clean as unmounted. A freeze always works, but leaves files without a name on the disk, and on some
+    # filesystems a log to replay.
+    if wait "$root"; then
+        fstrim / || echo "kiln: fstrim / failed" >&2
+    elif [ "$2" = once ]; then
+        answer fail "$1" busy
+        return
+    else
+        cat /run/kiln/remount >&2
+        sync && fstrim / || echo "kiln: fstrim / failed" >&2
+        fsfreeze -f / || { answer fail "$1" "the root filesystem could not be frozen"; return; }
+    fi
     # Builtins only from here: anything that reads a file could wait for the frozen filesystem for ever.
     echo "done $1 0 0" >&3
     read -r _ <&3
@@ -170,7 +181,7 @@ freeze() { # NONCE
 # Steps get the environment that kiln gives them, and nothing of what started the agent.
 if [ -z "${KILN_AGENT-}" ]; then exec env -i PATH="$PATH" KILN_AGENT=1 /bin/sh "$0" "$@"; fi
 if [ "${1:-}" = freeze ]; then
-    freeze "$2" fresh
+    freeze "$2" "$3" fresh
     exit 0
 fi
 ctl=$(find_port kiln.ctl) && out=$(find_port kiln.out) && in=$(find_port kiln.in) || exit 1
@@ -192,6 +203,8 @@ fi
 timers='apt-daily.timer apt-daily-upgrade.timer dnf-makecache.timer unattended-upgrades.service'
 case ${1:-} in
     firmware)
+        # As norandmaps does on the command line of a direct boot.
+        echo 0 >/proc/sys/kernel/randomize_va_space
         # shellcheck disable=SC2086 # names without blanks
         systemctl mask --runtime --now --quiet $timers 2>/dev/null
         ;;
@@ -216,7 +229,9 @@ savable=unsavable
 if reseeds_itself || reseed; then savable=savable; fi
 answer ready 1 "$up" "$savable"
 while read -r command nonce rest <&3; do
-    # shellcheck disable=SC2086 # fields are split here on purpose; none has blanks but put's last
+    # What goes on meanwhile: a clock is set, a step's folder removed. A step's files need not wait for that.
+    [ "$command" = run ] || wait
+    # shellcheck disable=SC2086 # fields are split here on purpose; none has blanks but put's and own's last
     case $command in
         run) run "$nonce" $rest ;;
         own) own "$nonce" "$rest" ;;
@@ -226,7 +241,7 @@ $rest
 END
             put "$nonce" "$bytes" "$user" "$group_name" "$place"
             ;;
-        freeze) freeze "$nonce" ;;
+        freeze) freeze "$nonce" "$rest" ;;
         sync)
             sync
             answer "done" "$nonce" 0 0

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -13,7 +14,7 @@ use super::process::{Machine, Mirror, Signal};
 use crate::units::hex;
 
 /// The agent's script.
-const AGENT: &str = include_str!("agent.sh");
+pub const AGENT: &str = include_str!("agent.sh");
 /// The agent's answer to being started: its protocol's version.
 const READY: &str = "ready 1 ";
 
@@ -70,17 +71,13 @@ impl Archive {
     }
 }
 
-impl Archive {
-    /// A text instead of an archive, for [`Guest::own`], in `folder`.
-    ///
-    /// # Errors
-    /// When the file can't be written.
-    pub fn text(folder: &Path, text: &str) -> io::Result<Self> {
-        let mut file = tempfile::tempfile_in(folder)?;
-        file.write_all(text.as_bytes())?;
-        file.rewind()?;
-        Ok(Self { file, length: text.len() as u64 })
-    }
+/// How a guest's root filesystem was found when it was to rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rest {
+    /// Nothing is written any more.
+    Quiet,
+    /// Something has files open for writing, or files that have no name any more. The guest goes on.
+    Busy,
 }
 
 /// Whose files a copy makes.
@@ -93,12 +90,13 @@ pub struct Owner {
 }
 
 impl Guest {
-    /// Writes the agent's script as a drive: padded to whole sectors with line ends, which sh reads over.
+    /// Writes the agent's script as a drive: padded to whole sectors with line ends, which sh reads over. The functions
+    /// of `library` are there for [`Self::own`]: the agent has read them when it is ready, also in a guest that is taken up.
     ///
     /// # Errors
     /// When the file can't be written.
-    pub fn write_agent_drive(path: &Path) -> io::Result<()> {
-        let mut text = AGENT.as_bytes().to_vec();
+    pub fn write_agent_drive(path: &Path, library: &str) -> io::Result<()> {
+        let mut text = format!("#!/bin/sh\n{library}{AGENT}").into_bytes();
         text.resize(text.len().next_multiple_of(4096), b'\n');
         fs_err::write(path, text)
     }
@@ -190,12 +188,15 @@ impl Guest {
         self.stream("run", what, archive, &rest, sink, limit)
     }
 
-    /// Runs one of kiln's own scripts, with `sh -eu` in the agent's place.
+    /// Runs `words`, a line for sh that calls functions of the library, as by `sh -eu` in the agent's place.
     ///
     /// # Errors
-    /// When the guest fails; a script that fails is not an error here.
-    pub fn own(&mut self, what: &str, script: Archive, sink: Box<dyn Sink>, limit: Duration) -> Result<Ended, Error> {
-        self.stream("own", what, script, "", sink, limit)
+    /// When the guest fails; words that fail are not an error here.
+    pub fn own(&mut self, what: &str, words: &str, sink: Box<dyn Sink>, limit: Duration) -> Result<Ended, Error> {
+        let nonce = random()?;
+        self.listen(&nonce, sink)?;
+        self.command(&format!("own {nonce} {words}"))?;
+        self.printed(what, &nonce, limit)
     }
 
     /// Gives the console to a person, who sees it by `mirror` and types into `keyboard`. The end key ends what
@@ -240,14 +241,25 @@ impl Guest {
         self.stream("put", what, archive, &rest, sink, limit)
     }
 
-    /// Unmounts or freezes all filesystems; the overlay is whole when this returns.
+    /// Brings all filesystems to rest. With `whatever` a busy root is frozen, else it is [`Rest::Busy`].
     ///
     /// # Errors
-    /// When something keeps a filesystem in use.
-    pub fn freeze(mut self, limit: Duration) -> Result<(), Error> {
+    /// When something keeps another filesystem in use.
+    pub fn freeze(&mut self, whatever: bool, limit: Duration) -> Result<Rest, Error> {
         let nonce = random()?;
-        self.command(&format!("freeze {nonce}"))?;
-        self.answer("the guest to freeze its disk", &nonce, limit, Prints::Nothing)?;
+        self.command(&format!("freeze {nonce} {}", if whatever { "whatever" } else { "once" }))?;
+        match self.answer("the guest to freeze its disk", &nonce, limit, Prints::Nothing) {
+            Ok(_) => Ok(Rest::Quiet),
+            Err(Error::Refused(why)) if why == "busy" && !whatever => Ok(Rest::Busy),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Ends QEMU. The overlay is whole when this returns.
+    ///
+    /// # Errors
+    /// When QEMU fails at that.
+    pub fn quit(self) -> Result<(), Error> {
         self.machine.quit()
     }
 
@@ -271,20 +283,30 @@ impl Guest {
         limit: Duration,
     ) -> Result<Ended, Error> {
         let nonce = random()?;
-        let mut inputs = {
-            let agent = self.machine.agent.as_ref().ok_or_else(|| Error::Protocol("nothing".to_owned()))?;
-            agent.output.begin(&nonce, sink);
-            agent.inputs.try_clone().map_err(Error::io("cannot talk to the guest"))?
-        };
-        let _ = self.machine.out_of_memory();
+        let mut inputs = self.listen(&nonce, sink)?;
         self.command(&format!("{command} {nonce} {} {rest}", archive.length))?;
         // On a thread, so that the wait below sees what happens to the guest meanwhile. If the guest dies the write
         // fails; the wait has the reason.
         let writer = std::thread::spawn(move || io::copy(&mut archive.file.take(archive.length), &mut inputs));
-        let ended = self.answer(what, &nonce, limit, Prints::Output);
+        let ended = self.printed(what, &nonce, limit)?;
+        drop(writer);
+        Ok(ended)
+    }
+
+    /// From now on what the guest prints goes to `sink`. The stream for a command's input.
+    fn listen(&mut self, nonce: &str, sink: Box<dyn Sink>) -> Result<UnixStream, Error> {
+        let agent = self.machine.agent.as_ref().ok_or_else(|| Error::Protocol("nothing".to_owned()))?;
+        agent.output.begin(nonce, sink);
+        let inputs = agent.inputs.try_clone().map_err(Error::io("cannot talk to the guest"));
+        let _ = self.machine.out_of_memory();
+        inputs
+    }
+
+    /// The end of a command that prints.
+    fn printed(&mut self, what: &str, nonce: &str, limit: Duration) -> Result<Ended, Error> {
+        let ended = self.answer(what, nonce, limit, Prints::Output);
         let _ = self.machine.agent.as_ref().map(|agent| agent.output.end());
         let mut ended = ended?;
-        drop(writer);
         ended.out_of_memory = self.machine.out_of_memory();
         Ok(ended)
     }

@@ -348,7 +348,7 @@ fn a_guest_whose_network_does_not_come_up() {
 fn a_filesystem_that_does_not_grow() {
     let bench = Bench::new();
     bench.one_step();
-    let said = json!({ "own resize2fs": [["print", "kiln: no resize2fs\n"], ["status", 1]] });
+    let said = json!({ "own kiln_grow": [["print", "kiln: no resize2fs\n"], ["status", 1]] });
     insta::assert_snapshot!(fails(&bench, &said, 3, FAILED), @r#"
     error: the larger root filesystem could not be set up (status 1): no resize2fs
      |
@@ -361,7 +361,7 @@ fn a_filesystem_that_does_not_grow() {
 fn a_seal_that_fails() {
     let bench = Bench::new();
     bench.one_step();
-    let said = json!({ "own machine-id": [["print", "rm: read-only\n"], ["status", 1]] });
+    let said = json!({ "own kiln_seal": [["print", "rm: read-only\n"], ["status", 1]] });
     insta::assert_snapshot!(fails(&bench, &said, 3, FAILED), @r#"
     error: the seal could not be set up (status 1): rm: read-only
      |
@@ -381,6 +381,26 @@ fn a_disk_that_cannot_be_frozen() {
      = log: out/web.failed/build.log
     help: end what uses it in the last step
     "#);
+}
+
+/// Nothing is spared then, and in the end the filesystem is frozen as it is.
+#[test]
+fn a_root_filesystem_that_is_busy() {
+    let bench = Bench::new();
+    bench.one_step();
+    let busy = json!({ "freeze": [["fail", "busy"]] });
+    bench.build(&busy).run().succeeded();
+    let commands = bench.commands();
+    let ends: Vec<_> = commands.iter().rev().take(4).map(|command| command["moment"].as_str().unwrap()).collect();
+    assert_eq!(ends, ["freeze whatever", "own", "freeze", "own"]);
+    let again = |index: usize| commands[index]["rest"].to_string().contains("KILN_AGAIN='yes'");
+    assert!(again(commands.len() - 2) && !again(commands.len() - 4));
+
+    let bench = Bench::new();
+    bench.one_step();
+    let busy = json!({ "freeze": [["fail", "busy"]], "freeze whatever": [["fail", "the root could not be frozen"]] });
+    let said = fails(&bench, &busy, 5, FAILED);
+    assert!(said.starts_with("error: the guest's disk can't be unmounted: the root could not be frozen\n"), "{said}");
 }
 
 #[test]

@@ -1,11 +1,15 @@
 # Ends everything that could still write: services in order, as a shutdown would, then what steps left behind.
 # kiln's agent goes on, in a unit of its own, and so do daemons of the boot that write nothing to the disk: ending them
-# takes longer than all the rest.
+# takes longer than all the rest. With KILN_AGAIN they end as well, or start again: the root filesystem was busy, for
+# example because a step replaced a library, whose old file stays on the disk, unnamed, while whatever runs has it.
 base='' quiet='' self=''
 read -r self _ </proc/self/stat
 # After direct boot the journal is in memory, unless it is to stay.
 case " $KILN_KEEP " in *" logs "*) journalctl --flush 2>/dev/null || true ;; esac
-if [ -r /run/kiln/units ]; then
+if [ -n "$KILN_AGAIN" ]; then
+    # The agent starts again by itself.
+    : >/run/kiln/outdated
+elif [ -r /run/kiln/units ]; then
     read -r base </run/kiln/units
     # None that has a private /tmp: what the seal removes there would stay on the disk, unnamed, while it is mounted.
     quiet='systemd-udevd.service dbus.service'
@@ -14,10 +18,9 @@ if [ -r /run/kiln/units ]; then
 fi
 among() { case " $2 " in *" $1 "*) return 0 ;; *) return 1 ;; esac; } # WORD WORDS
 
-# The processes that have to end; `serves` is the unit of one of them, if one belongs to a service. `maps` names the
-# files of those that go on.
+# The processes that have to end, and the services that they belong to.
 others() {
-    pids='' serves='' maps="/proc/1/maps /proc/$$/maps"
+    pids='' serves=''
     for process in /proc/[0-9]*; do
         pid=${process#/proc/}
         case $pid in 1 | "$$" | "$self") continue ;; esac
@@ -26,47 +29,41 @@ others() {
         read -r words <"$process/cmdline" || true
         [ -n "$words" ] || continue
         while IFS=: read -r _ _ group; do
-            case $group in */system.slice/*.service) unit=${group##*/} ;; esac
+            # udev's are in a group below its unit's.
+            case $group in
+                */system.slice/*.service) unit=${group##*/} ;;
+                */system.slice/*.service/*) group=${group%.service/*} unit=${group##*/}.service ;;
+            esac
         done <"$process/cgroup" || true
-        if [ -n "$unit" ] && among "$unit" "$quiet"; then
-            maps="$maps $process/maps"
-            continue
-        fi
-        case $unit in '' | kernel-command-line.service | kiln-agent.service) ;; *) serves=$unit ;; esac
+        if [ -n "$unit" ] && among "$unit" "$quiet"; then continue; fi
+        case $unit in '' | kernel-command-line.service | kiln-agent.service) ;; *) among "$unit" "$serves" || serves="$serves $unit" ;; esac
         pids="$pids $pid"
     done 2>/dev/null
 }
 
-# After a step replaced libraries whatever runs on the old ones has to end, or start again: they would stay on the disk,
-# unnamed. The agent does so itself.
 others
-outdated=''
-# shellcheck disable=SC2086 # numbers
-if grep -qs ' /.* (deleted)$' $maps; then
-    outdated=1 base='' quiet=''
-    : >/run/kiln/outdated
-    others
-fi
-
 # systemd is asked only if a service or a timer runs that is not of the boot: asking takes a while.
-ask=$serves
-[ -n "$base" ] || ask=everything
-for link in /run/systemd/units/invocation:*; do
-    if ! among "${link##*/invocation:}" "$base"; then ask=${link##*/invocation:}; fi
-done
-if [ -n "$ask" ]; then
+units=$serves
+if [ -n "$base" ]; then
+    for link in /run/systemd/units/invocation:*; do
+        unit=${link##*/invocation:}
+        case $unit in
+            *.service | *.socket | *.timer | *.path) among "$unit" "$base $quiet $units" || units="$units $unit" ;;
+        esac
+    done
+else
     # Only what runs: stopping what has long exited would cost time and change nothing.
     units=$(systemctl list-units --plain --no-legend --full --type=service,socket,timer,path \
         --state=active,activating,reloading 2>/dev/null | while read -r unit _ _ state _; do
             case $unit:$state in
                 *:exited | *:dead | kernel-command-line.service:* | kiln-agent.service:*) continue ;;
-                *.service:*) if among "$unit" "$quiet"; then continue; fi ;;
-                *) if among "$unit" "$base"; then continue; fi ;;
+                *) echo "$unit" ;;
             esac
-            echo "$unit"
         done)
+fi
+if [ -n "$units" ]; then
     # shellcheck disable=SC2086 # unit names have no blanks
-    [ -z "$units" ] || timeout 90 systemctl stop $units 2>/dev/null || true
+    timeout 90 systemctl stop $units 2>/dev/null || true
     others
 fi
 
@@ -81,4 +78,4 @@ while [ "$tries" -lt 100 ] && [ -n "$pids" ]; do
     others
 done
 
-if [ -n "$outdated" ]; then systemctl daemon-reexec || true; fi
+if [ -n "$KILN_AGAIN" ]; then systemctl daemon-reexec || true; fi
