@@ -64,7 +64,7 @@
 //!
 //! The guest does not shut down at the end of a build. What steps started is stopped, then its filesystems are unmounted
 //! or made read-only, which leaves them clean, and QEMU is told to quit. Daemons of the boot that write nothing to the disk
-//! (`build/guest/settle.sh` names them) go on until then. Should the root be busy all the same, as after a step replaced a
+//! (`build/guest/settle.sh` names them) go on until then. Should the disk be busy all the same, as after a step replaced a
 //! library that they use, everything ends or starts again, and in the worst case the root is frozen as it is.
 //!
 //! # Layers
@@ -75,8 +75,8 @@
 //!
 //! - A memory state is taken only by the machine that it came from: QEMU, its arguments, the processor. Any other boots
 //!   the layer's disk, which was written out before it was kept, and keeps the layer once more with its own memory.
-//! - A guest that is taken up has its clock set and draws new random numbers before anything else runs in it; one that
-//!   can't is never kept.
+//! - A guest that is taken up has its clock set and draws new random numbers before a step runs in it; one that can't is
+//!   never kept.
 //! - A layer is whole or not there. One whose files are not what its record says is a miss with a warning.
 //! - A layer is never replaced: made again it gets a folder of its own, and what was built on the first stays on that.
 //! - Whoever makes a layer holds its claim; others wait for it, and then use it. What is in use is never removed.

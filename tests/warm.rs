@@ -209,6 +209,12 @@ fn another_machine_boots_the_layers_disk() {
     assert_eq!(bench.read("out/web/steps/02-two.log"), "two says hello\n");
     recipe(&bench, ["a", "changed", "c"]);
     assert_eq!(built(&bench, other(&bench)), ["boot", "step two", "step three"], "each has a memory of its own");
+    // Where both have booted each goes on from its own memory, and nothing is added any more.
+    for (number, scripts) in [["a", "b", "x"], ["a", "b", "y"], ["a", "b", "z"]].into_iter().enumerate() {
+        recipe(&bench, scripts);
+        let kiln = if number == 1 { build(&bench) } else { other(&bench) };
+        assert_eq!(built(&bench, kiln), ["wake", "step three"]);
+    }
 }
 
 /// Killed at any moment: what is in the store afterwards is whole, and the next build goes on from there.

@@ -40,12 +40,12 @@ impl Early {
         let thread = std::thread::spawn(move || {
             // One thread: the guest has the processors first.
             let work = Work { threads: 1, progress: &|_, _| (), cancelled: &|| stop.load(Ordering::Relaxed) };
-            let known = known(&behind);
+            let (known, own) = known(&behind);
             let [.., top] = &behind[..] else { return Err(disk::Error::Cancelled) };
             let overlay = behind.len() > 1;
             let draft = Draft::begin((top, overlay), known.as_ref(), size, &out, &work)?;
             let noted = top.with_file_name(BLOCKS);
-            if overlay && !noted.exists() {
+            if overlay && !own {
                 // For the next build that begins there. Who can't keep it hashes again.
                 let _ = note(draft.begun(), &noted);
             }
@@ -64,15 +64,19 @@ impl Early {
     }
 }
 
-/// The digests of the last disk, as far as they are noted: its own, or those of the nearest that has some, without what was
-/// written after that.
-fn known(behind: &[PathBuf]) -> Option<BlockMap> {
-    let top = behind.last()?;
-    behind.iter().rev().find_map(|disk| {
+/// The digests of the last disk, as far as they are noted, and whether they are its own. Else they are those of the nearest
+/// that has some, without what was written after that.
+fn known(behind: &[PathBuf]) -> (Option<BlockMap>, bool) {
+    let read = |disk: &PathBuf| {
         let noted = File::open(disk.with_file_name(BLOCKS)).ok()?;
-        let map = BlockMap::read_from(&mut BufReader::new(noted)).ok()?;
-        if disk == top { Some(map) } else { disk::known_through(top, disk, &map).ok() }
-    })
+        BlockMap::read_from(&mut BufReader::new(noted)).ok()
+    };
+    let Some((top, rest)) = behind.split_last() else { return (None, false) };
+    if let Some(map) = read(top) {
+        return (Some(map), true);
+    }
+    let inherited = rest.iter().rev().find_map(|disk| disk::known_through(top, disk, &read(disk)?).ok());
+    (inherited, false)
 }
 
 fn note(map: &BlockMap, place: &Path) -> Result<(), disk::Error> {

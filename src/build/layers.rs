@@ -21,6 +21,8 @@ use crate::vm::guest::{AGENT, Guest};
 
 /// A memory state is kept where the steps since the last one took at least this long: that is about what it costs.
 const WORTH: Duration = Duration::from_millis(1000);
+/// How many layers may be over each other for another to be added only for its memory. [`Overlay`] has a limit.
+const DEEPEST: usize = 40;
 /// How long a guest may take to write out its disk.
 const SYNC_LIMIT: Duration = Duration::from_secs(300);
 
@@ -129,8 +131,7 @@ impl<'a> Layers<'a> {
     pub(super) fn visit(&mut self, index: Option<usize>, session: &Session<'_>) -> Option<Start> {
         let last = self.plan.layers.len().checked_sub(1)?;
         let mut wanted = index.map_or(0..=last, |index| index..=index).rev();
-        let (index, held) =
-            wanted.find_map(|index| Some((index, chain(self.store, &self.plan.layers[index], session)?)))?;
+        let (index, held) = wanted.find_map(|index| Some((index, self.chain(&self.plan.layers[index], session)?)))?;
         self.held = held;
         let memory = self.held.last()?.memory(&self.machine);
         Some(Start::Layer { index, memory })
@@ -192,7 +193,7 @@ impl<'a> Layers<'a> {
     }
 
     fn look(&mut self, limit: usize, session: &Session<'_>) -> Start {
-        let found: Vec<_> = self.plan.layers[..limit].iter().map(|layer| chain(self.store, layer, session)).collect();
+        let found: Vec<_> = self.plan.layers[..limit].iter().map(|layer| self.chain(layer, session)).collect();
         let Some(top) = found.iter().rposition(Option::is_some) else { return Start::Base };
         let with_memory = |index: usize| found[index].as_ref()?.last()?.memory(&self.machine).map(|path| (index, path));
         let seconds = |index: usize| {
@@ -250,7 +251,7 @@ impl<'a> Layers<'a> {
         let with_memory = guest.savable && what.memory.unwrap_or(self.since_memory >= WORTH);
         // One whose disk was booted, because its memory is another machine's, is kept again with this one's.
         if index < self.limit
-            && let Lookup::Hit(kept) = self.store.layer(&layer.key)
+            && let Lookup::Hit(kept) = self.store.layer_for(&layer.key, &self.machine)
             && (!with_memory || kept.memory(&self.machine).is_some())
         {
             self.claim = self.claim_next(index + 1, session)?;
@@ -270,7 +271,8 @@ impl<'a> Layers<'a> {
         session: &mut Session<'_>,
         guest: &mut Guest,
     ) -> Result<(), Error> {
-        let Some(held) = self.held.last().filter(|_| guest.savable) else { return Ok(()) };
+        let few = self.held.len() < DEEPEST;
+        let Some(held) = self.held.last().filter(|_| guest.savable && few) else { return Ok(()) };
         let log = held.log();
         let record = Record { backing: Some(held.id()), network_up: session.network_up, ..held.record().clone() };
         self.write(index, record, true, log.exists().then_some(log.as_path()), session, guest)
@@ -311,6 +313,17 @@ impl<'a> Layers<'a> {
             self.since_memory = Duration::ZERO;
         }
         Ok(())
+    }
+
+    /// The layers that a layer consists of, itself last; none if it, or one of them, isn't there or isn't whole.
+    fn chain(&self, layer: &plan::Layer, session: &Session<'_>) -> Option<Vec<Layer>> {
+        if !layer.cached {
+            return None;
+        }
+        self.store.chain(&layer.key, Some(&self.machine)).unwrap_or_else(|why| {
+            session.events.warn(format!("the cached layer of `{}` can't be used: {why}", layer.name));
+            None
+        })
     }
 
     fn record(&self, layer: &plan::Layer, took: Duration, network_up: bool) -> Record {
@@ -363,17 +376,6 @@ pub fn outlook(plan: &Plan, store: &Store) -> Vec<Outlook> {
         outlooks.push(outlook);
     }
     outlooks
-}
-
-/// The layers that a layer consists of, itself last; none if it, or one of them, isn't there or isn't whole.
-fn chain(store: &Store, layer: &plan::Layer, session: &Session<'_>) -> Option<Vec<Layer>> {
-    if !layer.cached {
-        return None;
-    }
-    store.chain(&layer.key).unwrap_or_else(|why| {
-        session.events.warn(format!("the cached layer of `{}` can't be used: {why}", layer.name));
-        None
-    })
 }
 
 /// A layer's disk, as seen from a scratch folder and from another layer.

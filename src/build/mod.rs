@@ -421,7 +421,8 @@ impl Job<'_> {
     fn begin(&self, session: &mut Session<'_>, layers: &mut Layers<'_>, start: &Start) -> Result<Guest, Error> {
         if let Start::Layer { index, memory } = start {
             let mut guest = layers.take_up(*index, memory.as_deref(), session)?;
-            if session.boots > 0 {
+            let wanted = index.checked_sub(1).and_then(|step| session.recipe.steps[step].checkpoint);
+            if memory.is_none() && wanted != Some(false) {
                 session.give_network(&mut guest)?;
                 layers.keep_booted(*index, session, &mut guest)?;
             }
@@ -555,10 +556,10 @@ fn seal(session: &mut Session<'_>, mut guest: Guest) -> Result<Vec<String>, Erro
             .help("end what uses it in the last step"),
         error => guest_failure(error),
     };
-    let mut packages = session.end(&mut guest, false)?;
+    let packages = session.end(&mut guest, false)?;
     if guest.freeze(false, limit).map_err(refused)? == Rest::Busy {
-        session.events.detail("the root filesystem is busy: ending all that runs");
-        packages = session.end(&mut guest, true)?;
+        session.events.detail("the disk is busy: ending all that runs");
+        session.end(&mut guest, true)?;
         guest.freeze(true, limit).map_err(refused)?;
     }
     guest.quit().map_err(guest_failure)?;

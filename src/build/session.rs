@@ -212,8 +212,8 @@ impl Session<'_> {
     }
 
     /// Ends what runs in the guest, takes away what it must not leave, and lists its packages: in one script, because
-    /// each costs a tenth of a second under software emulation. `again` because the root was found busy after that: then
-    /// nothing is spared.
+    /// each costs a tenth of a second under software emulation. `again` because the disk was found busy after that: then
+    /// nothing is spared, and the packages are known already.
     pub(super) fn end(&mut self, guest: &mut Guest, again: bool) -> Result<Vec<String>, Error> {
         let seal = &self.recipe.seal;
         let mut env = network_environment();
@@ -225,7 +225,10 @@ impl Session<'_> {
         env.insert("KILN_AGAIN".to_owned(), if again { "yes" } else { "" }.to_owned());
         // The list comes when nothing of the steps' runs any more that could print into it.
         let list = format!("echo '{PACKAGES_BEGIN}'; kiln_packages; echo '{PACKAGES_END}'");
-        let mut calls = vec!["kiln_settle", &list];
+        let mut calls = vec!["kiln_settle"];
+        if !again {
+            calls.push(&list);
+        }
         if self.network_up {
             calls.push("kiln_network_down");
         }

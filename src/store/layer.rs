@@ -184,13 +184,31 @@ impl Store {
         found
     }
 
-    /// The layer with this key and those that it is over, itself last; none if it, or one of them, isn't there.
+    /// As [`Self::layer`]; of a layer that several machines have kept one over the other, the one with the memory of
+    /// `machine`, if there is one.
+    #[must_use]
+    pub fn layer_for(&self, key: &str, machine: &str) -> Lookup {
+        let mut found = self.layer(key);
+        let mut first = None;
+        while let Lookup::Hit(layer) = found {
+            if layer.memory(machine).is_some() {
+                return Lookup::Hit(layer);
+            }
+            let behind = layer.record().backing.clone().filter(|id| key_of(id) == key);
+            first.get_or_insert(layer);
+            found = behind.map_or(Lookup::Miss, |id| self.layer_in(&id));
+        }
+        first.map_or(found, Lookup::Hit)
+    }
+
+    /// The layer with this key and those that it is over, itself last; none if it, or one of them, isn't there. With a
+    /// machine as [`Self::layer_for`].
     ///
     /// # Errors
     /// Why one of them can't be used.
-    pub fn chain(&self, key: &str) -> Result<Option<Vec<Layer>>, String> {
+    pub fn chain(&self, key: &str, machine: Option<&str>) -> Result<Option<Vec<Layer>>, String> {
         let mut layers = Vec::new();
-        let mut next = Some(self.layer(key));
+        let mut next = Some(machine.map_or_else(|| self.layer(key), |machine| self.layer_for(key, machine)));
         while let Some(found) = next.take() {
             match found {
                 Lookup::Hit(layer) => {

@@ -91,7 +91,7 @@ impl Store {
         let mut layers: Vec<Layer> = Vec::new();
         for key in keys {
             // One that is over something damaged is as good as none.
-            let chain = self.chain(key).ok().flatten().unwrap_or_default();
+            let chain = self.chain(key, None).ok().flatten().unwrap_or_default();
             for layer in chain {
                 if layers.iter().all(|known| known.id() != layer.id()) {
                     layers.push(layer);

@@ -9,7 +9,7 @@
 #        own NONCE WORDS...           runs what the drive brought before this script, in a shell that is there already
 #        put NONCE BYTES USER GROUP DIR/   BYTES of tar on kiln.in, unpacked into DIR (the rest of the line)
 #        freeze NONCE once|whatever   unmounts every filesystem or makes it read-only; nothing is written after the answer.
-#                                     A root that is in use is refused as busy, or frozen, which replays its log one day
+#                                     What is in use is refused as busy, or the root is frozen as it is
 #        sync NONCE                   writes out what the guest holds in memory for its disk
 #        halt NONCE                   shuts the guest down
 #        wake NONCE EPOCH SEED        the guest's memory was saved and is back: sets the clock, draws new random numbers
@@ -91,7 +91,9 @@ run() { # NONCE BYTES sh|exec NAME: all of the archive is in the folder NAME
     ) 2>/dev/null
     status=$?
     finish "$nonce" "$status"
+    # The next step's files may come meanwhile: small ones have room beside it.
     rm -rf "$work" &
+    [ "$place" = /run/kiln ] || wait
 }
 
 own() { # NONCE WORDS: kiln's own work, which needs no folder and keeps out of steps' way
@@ -141,33 +143,40 @@ wake() { # NONCE EPOCH SEED
     fi
 }
 
+let_go() { umount "$1" || mount -o remount,ro "$1"; } # PLACE
+
 freeze() { # NONCE once|whatever [fresh]
-    # This shell may run on a libc that a step replaced, as kiln's settle.sh has found out. The old one's file would stay
-    # on the disk without a name, and a check of the filesystem would find it.
+    # This shell may run on a libc that a step replaced. The old one's file would stay on the disk without a name, and a
+    # check of the filesystem would find it.
     if [ "${3-}" != fresh ] && [ -e /run/kiln/outdated ]; then exec /bin/sh "$0" freeze "$1" "$2"; fi
     { read -r _ && read -r _; } </proc/swaps && swapoff -a
-    # The others meanwhile, because each program takes a while to start.
+    # The firmware's own meanwhile, which nothing else needs, because each program takes a while to start.
     mount -o remount,ro / 2>/run/kiln/remount &
-    root=$!
+    root=$! places='' firmware=''
     # What was mounted last goes first.
-    places=''
     while read -r device place _; do
-        case $device:$place in /dev/*:/) ;; /dev/*) places="$place $places" ;; esac
+        case $device:$place in
+            /dev/*:/) ;;
+            /dev/*:/boot/efi | /dev/*:/efi) firmware="$place $firmware" ;;
+            /dev/*) places="$place $places" ;;
+        esac
     done </proc/mounts
+    for place in $firmware; do let_go "$place" || { answer fail "$1" "$place stays in use"; return; }; done
+    if wait "$root"; then quiet=1; else quiet=; fi
+    # Whoever ends more of what runs finds the rest as it was.
+    if [ -z "$quiet" ] && [ "$2" = once ]; then answer fail "$1" busy && return; fi
     for place in $places; do
         # Blanks are escaped in /proc/mounts.
         case $place in *\\*) place=$(printf '%b' "$place") ;; esac
-        # The one of the firmware, small and of a kind that can't be trimmed, need not be asked.
-        case $place in /boot/efi | /efi) ;; *) sync && fstrim "$place" 2>/dev/null ;; esac
-        umount "$place" || mount -o remount,ro "$place" || { answer fail "$1" "$place stays in use"; return; }
+        sync && fstrim "$place" 2>/dev/null
+        let_go "$place" && continue
+        if [ "$2" = once ] && mount -o remount,rw /; then answer fail "$1" busy && return; fi
+        answer fail "$1" "$place stays in use" && return
     done
     # Read-only is as clean as unmounted. A freeze always works, but leaves files without a name on the disk, and on some
     # filesystems a log to replay.
-    if wait "$root"; then
+    if [ -n "$quiet" ]; then
         fstrim / || echo "kiln: fstrim / failed" >&2
-    elif [ "$2" = once ]; then
-        answer fail "$1" busy
-        return
     else
         cat /run/kiln/remount >&2
         sync && fstrim / || echo "kiln: fstrim / failed" >&2

@@ -45,7 +45,7 @@ pub struct Ended {
     pub out_of_memory: bool,
 }
 
-/// A tar archive, or a text, on its way into the guest.
+/// A tar archive on its way into the guest.
 pub struct Archive {
     file: File,
     length: u64,

@@ -141,19 +141,17 @@ fn a_wrong_value_on_the_command_line() {
 #[test]
 fn a_disk_smaller_than_its_base() {
     let bench = Bench::empty();
-    let base = std::fs::File::create(bench.path("small.raw")).unwrap();
     crate::support::write_base(&bench.path("base.raw"), crate::support::Base::Direct);
-    base.set_len(1).unwrap();
-    std::fs::OpenOptions::new().write(true).open(bench.path("base.raw")).unwrap().set_len(5 << 29).unwrap();
-    bench.recipe("[disk]\nsize = \"2GiB\"\n");
+    std::fs::OpenOptions::new().write(true).open(bench.path("base.raw")).unwrap().set_len(3 << 29).unwrap();
+    bench.recipe("[disk]\nsize = \"1GiB\"\n");
     insta::assert_snapshot!(refused(&bench), @r#"
-    error: the disk's size 2 GiB is smaller than the base's 2.5 GiB
+    error: the disk's size 1 GiB is smaller than the base's 1.5 GiB
      --> web.toml:7:8
       |
-    7 | size = "2GiB"
+    7 | size = "1GiB"
       |        ^^^^^^
       |
-    help: use size = "3GiB" or more
+    help: use size = "2GiB" or more
     "#);
 }
 

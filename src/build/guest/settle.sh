@@ -42,7 +42,8 @@ others() {
 }
 
 others
-# systemd is asked only if a service or a timer runs that is not of the boot: asking takes a while.
+# systemd is asked only if there is a service or a timer that is not of the boot: asking takes a while. Services of steps
+# that have long exited are stopped as well, as a shutdown would.
 units=$serves
 if [ -n "$base" ]; then
     for link in /run/systemd/units/invocation:*; do
