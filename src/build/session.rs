@@ -22,6 +22,10 @@ use crate::vm::{self, Sink, filter, host::Host, seed};
 
 /// How long a guest may take to boot, under software emulation of a slow host, unless the recipe says otherwise.
 const BOOT_LIMIT: Duration = Duration::from_secs(600);
+/// How long until a guest reads its disk, and how often it is started. Under software emulation one kernel in a hundred
+/// hangs with all processors in their timers' interrupts before it comes to that.
+const FIRST_READ: Duration = Duration::from_secs(60);
+const STARTS: u32 = 3;
 /// How long a restored guest may take to answer.
 const RESUME_LIMIT: Duration = Duration::from_secs(60);
 /// How long kiln's own scripts may take.
@@ -104,7 +108,15 @@ impl Session<'_> {
     pub(super) fn boot(&mut self) -> Result<Guest, Error> {
         self.boots += 1;
         let limit = self.recipe.machine.timeout.unwrap_or(BOOT_LIMIT);
-        let machine = self.machine(MemoryState::Savable)?;
+        let mut machine = self.machine(MemoryState::Savable)?;
+        for _ in 1..STARTS {
+            if machine.reads_its_disk(FIRST_READ).map_err(|error| self.boot_failure(error))? {
+                break;
+            }
+            self.events.warn("the guest's kernel hangs before it reads its disk: starting it again");
+            machine.end();
+            machine = self.machine(MemoryState::Savable)?;
+        }
         self.network_up = false;
         Guest::connect(machine, limit).map_err(|error| self.boot_failure(error))
     }

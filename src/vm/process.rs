@@ -194,6 +194,30 @@ impl Machine {
         }
     }
 
+    /// Whether the guest has read its disk, as every kernel does within seconds; looks until it has, or for `patience`.
+    ///
+    /// # Errors
+    /// When QEMU refuses or dies, or the work is cancelled.
+    pub fn reads_its_disk(&mut self, patience: Duration) -> Result<bool, Error> {
+        let begun = Instant::now();
+        loop {
+            let devices = self.monitor("query-blockstats", &json!({}))?;
+            let reads = devices.as_array().map(|devices| {
+                let reads = devices.iter().filter_map(|device| device["stats"]["rd_operations"].as_u64());
+                reads.sum::<u64>()
+            });
+            // The firmware may have looked at the first sectors.
+            if reads.is_none_or(|reads| reads > 16) {
+                return Ok(true);
+            }
+            if begun.elapsed() > patience {
+                return Ok(false);
+            }
+            self.cancel.check()?;
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
     /// Waits until `found` makes something of a signal. Everything that dooms the wait ends it: see [`Error`].
     pub(super) fn wait_for<T>(
         &mut self,
