@@ -9,12 +9,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use super::manifest::DISK;
-use super::output::{BLOCKS, Pending};
+use super::output::{self, Pending};
 use super::session::Session;
 use super::{disk_failure, packages};
 use crate::disk::{self, BlockMap, Draft, Exported, Image, Table, Work};
 use crate::error::Error;
-use crate::event::Event;
+use crate::store::{self, BLOCKS};
 use crate::units::Size;
 
 /// The written disk.
@@ -104,17 +104,12 @@ pub(super) fn export(session: &Session<'_>, early: Early, pending: &Pending) -> 
         format!("{} of data in {}", Size(export.exported.block_map.data_bytes()), session.plan.disk_size)
     };
     events.phase("export", "writing disk.raw", describe, || {
-        let work = Work {
-            // Twice the processors: a thread that waits for the disk must not keep one idle.
-            threads: std::thread::available_parallelism().map_or(4, |count| 2 * usize::from(count)),
-            progress: &|done, total| events.emit(Event::Progress { phase: "export", done, total }),
-            cancelled: &|| session.cancel.check().is_err(),
-        };
-        let exported = early.wait().and_then(|draft| draft.finish(&session.overlay(), &work));
-        session.cancel.check()?;
+        let exported = store::pass("export", events, session.cancel, |work| {
+            early.wait().and_then(|draft| draft.finish(&session.overlay(), work))
+        })?;
         let exported = exported.map_err(disk_failure)?;
         let failed = |error: std::io::Error| Error::io("cannot write the block map", &error);
-        let mut blocks = fs_err::File::create(pending.path().join(BLOCKS)).map_err(failed)?;
+        let mut blocks = fs_err::File::create(pending.path().join(output::BLOCKS)).map_err(failed)?;
         exported.block_map.write_to(&mut blocks).map_err(disk_failure)?;
         let overlay = Image::overlay(&session.overlay()).map_err(disk_failure)?;
         let table = Table::read(&overlay).map_err(disk_failure)?;

@@ -112,13 +112,13 @@ impl<'a> Layers<'a> {
         let mut start = self.look(limit, session);
         loop {
             self.claim = None;
-            self.claim = self.claim_first(start.done(), session, turn.as_deref_mut())?;
+            self.claim = self.claim(start.done(), session, turn.as_deref_mut())?;
             let again = self.look(limit, session);
             // Each turn begins deeper than the last; or, should a layer have been removed meanwhile, it ends here.
             if again.done() <= start.done() {
                 if again.done() < start.done() {
                     self.claim = None;
-                    self.claim = self.claim_first(again.done(), session, turn)?;
+                    self.claim = self.claim(again.done(), session, turn)?;
                 }
                 return Ok(again);
             }
@@ -163,31 +163,36 @@ impl<'a> Layers<'a> {
         super::Job::boot(session)
     }
 
-    fn claim_next(&self, index: usize, session: &Session<'_>) -> Result<Option<Claim>, Error> {
-        let next = self.plan.layers.get(index).filter(|layer| layer.cached);
-        next.map(|layer| self.store.claim(&layer.key, session.events, session.cancel)).transpose()
-    }
-
-    /// As [`Self::claim_next`], in the build's turn, which is left to others while another makes the layer.
-    fn claim_first(
+    /// Claims the making of the layer with this index, if it can be kept. Another kiln or build that makes it is waited
+    /// for, by a build that runs beside others without its turn.
+    fn claim(
         &self,
         index: usize,
         session: &Session<'_>,
-        turn: Option<&mut Turn<'_>>,
+        mut turn: Option<&mut Turn<'_>>,
     ) -> Result<Option<Claim>, Error> {
-        let Some(turn) = turn else { return self.claim_next(index, session) };
         let next = self.plan.layers.get(index).filter(|layer| layer.cached);
         let mut told = false;
         loop {
-            turn.take(session.cancel)?;
+            match turn.as_deref_mut() {
+                Some(turn) => turn.take(session.cancel)?,
+                None => session.cancel.check()?,
+            }
             let Some(layer) = next else { return Ok(None) };
             if let Some(claim) = self.store.try_claim(&layer.key)? {
                 return Ok(Some(claim));
             }
-            turn.leave();
+            let other = match turn.as_deref_mut() {
+                Some(turn) => {
+                    turn.leave();
+                    format!("another build is making `{}`", layer.name)
+                }
+                None => "another kiln is making this layer".to_owned(),
+            };
             if !std::mem::replace(&mut told, true) {
-                session.events.note(format!("another build is making `{}`: waiting for it", layer.name));
+                session.events.note(format!("{other}: waiting for it"));
             }
+            // There is no lock to wait for with a signal in mind; a tenth of a second is nothing beside a step.
             std::thread::sleep(CLAIM_LOOK);
         }
     }
@@ -254,13 +259,13 @@ impl<'a> Layers<'a> {
             && let Lookup::Hit(kept) = self.store.layer_for(&layer.key, &self.machine)
             && (!with_memory || kept.memory(&self.machine).is_some())
         {
-            self.claim = self.claim_next(index + 1, session)?;
+            self.claim = self.claim(index + 1, session, None)?;
             return Ok(());
         }
         let record = self.record(layer, took, session.network_up);
         self.write(index, record, with_memory, what.log, session, guest)?;
         // The next one is claimed before this one can be found, so that nobody comes in between.
-        self.claim = self.claim_next(index + 1, session)?;
+        self.claim = self.claim(index + 1, session, None)?;
         Ok(())
     }
 

@@ -140,7 +140,8 @@ pub fn prepare(requests: Vec<Request>, store: &Store, events: &Events, cancel: &
     let recipes = all(requests.into_iter().map(read))?;
     refuse_same_names(&recipes)?;
     let Some((first, ..)) = recipes.first() else { return Err(vec![Error::new(Exit::Usage, "no recipe to build")]) };
-    let (host, accelerator) = find_host(first, store, events, cancel).map_err(|error| vec![error])?;
+    let (host, accelerator) = find_host(first.accelerator, (&first.qemu, &first.qemu_img), store, events, cancel)
+        .map_err(|error| vec![error])?;
     let plan = |(request, recipe, inputs): (Request, Recipe, Vec<Inputs>)| {
         let base = import_base(&recipe, &host, store, events, cancel)?;
         let (plan, ..) = make_plan(&recipe, &base, &inputs)?;

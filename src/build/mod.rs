@@ -125,7 +125,7 @@ fn build_recipe(
     }
     let (host, accelerator) = match &beside {
         Some(beside) => (beside.host.clone(), beside.accelerator),
-        None => find_host(request, store, events, cancel)?,
+        None => find_host(request.accelerator, (&request.qemu, &request.qemu_img), store, events, cancel)?,
     };
     let base = import_base(recipe, &host, store, events, cancel)?;
     let (plan, root, growth) = make_plan(recipe, &base, inputs)?;
@@ -167,9 +167,16 @@ fn build_recipe(
     }
 }
 
-fn find_host(request: &Request, store: &Store, events: &Events, cancel: &Cancel) -> Result<(Host, Accelerator), Error> {
-    let host = Host::find(request.qemu.clone(), request.qemu_img.clone(), cancel)?;
-    let accelerator = choose_accelerator(request.accelerator, &host, store, events, cancel)?;
+/// QEMU and qemu-img, which the user may have named, and what the host accelerates.
+fn find_host(
+    wanted: Wanted,
+    (qemu, qemu_img): (&Option<PathBuf>, &Option<PathBuf>),
+    store: &Store,
+    events: &Events,
+    cancel: &Cancel,
+) -> Result<(Host, Accelerator), Error> {
+    let host = Host::find(qemu.clone(), qemu_img.clone(), cancel)?;
+    let accelerator = choose_accelerator(wanted, &host, store, events, cancel)?;
     Ok((host, accelerator))
 }
 

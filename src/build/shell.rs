@@ -13,7 +13,7 @@ use super::archive::Script;
 use super::layers::{Layers, Start, machine_key};
 use super::log::Answer;
 use super::session::Session;
-use super::{choose_accelerator, guest_failure, import_base, inputs, make_plan, now, read_recipe};
+use super::{find_host, guest_failure, import_base, inputs, make_plan, now, read_recipe};
 use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
 use crate::event::Events;
@@ -24,7 +24,6 @@ use crate::vm;
 use crate::vm::Sink;
 use crate::vm::accelerator::Wanted;
 use crate::vm::guest::{Ended, Guest};
-use crate::vm::host::Host;
 use crate::vm::process::Mirror;
 
 const SHELL: &str = include_str!("guest/shell.sh");
@@ -84,8 +83,8 @@ pub fn shell(
 ) -> Result<(), Error> {
     let recipe = read_recipe(&request.recipe, &request.set)?;
     let inputs = inputs::read(&recipe, request.source_date_epoch, cancel)?;
-    let host = Host::find(request.qemu.clone(), request.qemu_img.clone(), cancel)?;
-    let accelerator = choose_accelerator(request.accelerator, &host, store, events, cancel)?;
+    let programs = (&request.qemu, &request.qemu_img);
+    let (host, accelerator) = find_host(request.accelerator, programs, store, events, cancel)?;
     let base = import_base(&recipe, &host, store, events, cancel)?;
     let (plan, root, _) = make_plan(&recipe, &base, &inputs)?;
     let wanted = request.at.as_deref().map(|at| layer_at(at, &plan)).transpose()?;

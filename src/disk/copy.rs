@@ -342,19 +342,11 @@ mod tests {
     use super::*;
     use crate::disk::Backing;
     use crate::disk::Overlay;
-    use crate::disk::testing::{Workshop, cases, text, tool};
+    use crate::disk::testing::{Workshop, cases, sparse, text, tool};
     use proptest::prelude::*;
     use std::sync::Arc;
 
     /// A raw file of `size` bytes with `pieces` of data in it: `(start, length, byte)`.
-    fn sparse(path: &Path, size: u64, pieces: &[(u64, usize, u8)]) {
-        let file = File::create(path).unwrap();
-        file.set_len(size).unwrap();
-        for (start, len, byte) in pieces {
-            file.write_all_at(&vec![*byte; *len], *start).unwrap();
-        }
-    }
-
     fn ranges(image: &Image) -> Vec<Range<u64>> {
         let (mut found, mut at) = (Vec::new(), 0);
         while let Some(range) = image.next_data(at).unwrap() {

@@ -141,7 +141,7 @@ fn whole_blocks(mut ranges: Vec<Range<u64>>, size: u64) -> Vec<Range<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::testing::{Workshop, cases, text, tool};
+    use crate::disk::testing::{Workshop, cases, sparse, text, tool};
     use crate::disk::{Backing, export};
     use proptest::prelude::*;
 
@@ -179,16 +179,15 @@ mod tests {
             above in proptest::collection::vec((0_u64..24_000, 1_u64..3000, 0_u8..4), 0..6),
             uneven in 0_u64..3, from_layer: bool, known in 0_u8..3,
         ) {
-            use std::os::unix::fs::FileExt;
             const SIZE: u64 = 24 << 20;
             let shop = Workshop::new();
             let base = shop.path("base");
-            let file = File::create(&base).unwrap();
-            file.set_len((10 << 20) + uneven * 1024).unwrap();
-            for (start, len, byte) in pieces {
-                let len = len.min(usize::try_from((10 << 20) - start * 512).unwrap());
-                file.write_all_at(&vec![byte; len], start * 512).unwrap();
-            }
+            let within = |start: u64, len: usize| len.min(usize::try_from((10 << 20) - start).unwrap());
+            let pieces: Vec<_> = pieces
+                .into_iter()
+                .map(|(start, len, byte)| (start * 512, within(start * 512, len), byte))
+                .collect();
+            sparse(&base, (10 << 20) + uneven * 1024, &pieces);
             let (one, two) = (shop.path("one"), shop.path("two"));
             Overlay::create(&one, SIZE, Backing::Raw(&base), &[]).unwrap();
             Overlay::create(&two, SIZE, Backing::Overlay(&one), &[]).unwrap();

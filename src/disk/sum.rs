@@ -73,10 +73,9 @@ impl Sum<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::disk::testing::{Workshop, cases, text, tool};
+    use crate::disk::testing::{Workshop, cases, sparse, text, tool};
     use proptest::prelude::*;
     use std::fs::File;
-    use std::os::unix::fs::FileExt;
     use std::sync::atomic::{AtomicU64, Ordering};
 
     proptest! {
@@ -88,12 +87,10 @@ mod tests {
         ) {
             let shop = Workshop::new();
             let disk = shop.path("disk");
-            let file = File::create(&disk).unwrap();
-            file.set_len(size).unwrap();
-            for (start, len, byte) in pieces {
-                let len = len.min(usize::try_from(size.saturating_sub(start)).unwrap());
-                file.write_all_at(&vec![byte; len], start).unwrap();
-            }
+            let within = |start: u64, len: usize| len.min(usize::try_from(size.saturating_sub(start)).unwrap());
+            let pieces: Vec<_> =
+                pieces.into_iter().map(|(start, len, byte)| (start, within(start, len), byte)).collect();
+            sparse(&disk, size, &pieces);
             let printed = tool("sha256sum", &["--", text(&disk)]);
             let sum = sha256(&Image::raw(&disk).unwrap(), &Work::quiet(1)).unwrap();
             prop_assert_eq!(printed.split(' ').next().unwrap(), sum.to_string());

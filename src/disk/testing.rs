@@ -63,6 +63,15 @@ pub(super) fn apply(path: &Path, size: u64, patches: &[Patch]) {
     }
 }
 
+/// A file of `size` bytes with these pieces of data, `(start, length, byte)`. One that ends behind it makes it longer.
+pub(super) fn sparse(path: &Path, size: u64, pieces: &[(u64, usize, u8)]) {
+    let file = std::fs::File::create(path).unwrap();
+    file.set_len(size).unwrap();
+    for (start, len, byte) in pieces {
+        file.write_all_at(&vec![*byte; *len], *start).unwrap();
+    }
+}
+
 /// A folder with a disk in the making.
 pub(super) struct Workshop {
     pub(super) dir: tempfile::TempDir,

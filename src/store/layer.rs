@@ -20,9 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::known::Identity;
 use super::{Store, allocated};
-use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
-use crate::event::Events;
 
 /// The version of this format. Layers of another are misses.
 const FORMAT: u32 = 3;
@@ -255,25 +253,6 @@ impl Store {
             .collect();
         found.sort_by_key(|(made, _)| std::cmp::Reverse(*made));
         found.into_iter().map(|(_, record)| record).collect()
-    }
-
-    /// Claims the making of a layer. Another kiln that makes it is waited for; then there is a layer to look up.
-    ///
-    /// # Errors
-    /// When the store can't be written, or the work is cancelled.
-    pub fn claim(&self, key: &str, events: &Events, cancel: &Cancel) -> Result<Claim, Error> {
-        let mut told = false;
-        loop {
-            cancel.check()?;
-            if let Some(claim) = self.try_claim(key)? {
-                return Ok(claim);
-            }
-            if !std::mem::replace(&mut told, true) {
-                events.note("another kiln is making this layer: waiting for it");
-            }
-            // There is no lock to wait for with a signal in mind; a tenth of a second is nothing beside a step.
-            std::thread::sleep(CLAIM_LOOK);
-        }
     }
 
     /// Claims the making of a layer, unless another is making it.

@@ -33,7 +33,7 @@ pub use gc::{Entry, Kind, Limits};
 pub(crate) use layer::same_file;
 pub use layer::{CLAIM_LOOK, Claim, DISK as LAYER_DISK, Layer, Lookup, Pending, Record};
 pub use transfer::Transferred;
-pub(crate) use verify::{differences, pass};
+pub(crate) use verify::{BLOCKS, differences, pass};
 
 /// The store in one folder.
 #[derive(Debug, Clone)]
@@ -215,7 +215,7 @@ mod tests {
     fn files_of_the_dead_are_swept_too() {
         let folder = tempfile::tempdir().unwrap();
         let store = Store::open(folder.path()).unwrap();
-        let claim = store.claim("held", &crate::event::Events::none(), &crate::cancel::Cancel::default()).unwrap();
+        let claim = store.try_claim("held").unwrap();
         let path = |name: &str| folder.path().join(name);
         for name in ["locks/dead", "known/.tmpnew", "known/.tmpold", "known/old"] {
             std::fs::write(path(name), "").unwrap();

@@ -14,8 +14,8 @@ use crate::event::{Event, Events};
 use crate::recipe::Digest;
 
 const PHASE: &str = "verify";
-/// A base's block map, in its folder.
-const BLOCKS: &str = "blocks";
+/// The block map of a base or a layer, in its folder.
+pub(crate) const BLOCKS: &str = "blocks";
 
 impl Store {
     /// Hashes the image file again even if it is known, then compares the base that was unpacked from it with what was

@@ -46,6 +46,8 @@ find_port() {
 
 answer() { echo "$*" >&3; }
 
+free_kib() { df -Pk "$1" | { read -r _ && read -r _ _ _ left _ && echo "$left"; }; } # FOLDER
+
 receive() { head -c "$1" <&5; }
 
 refuse() { # NONCE BYTES WHY...: the stream must be read all the same, or the next one starts in its middle
@@ -59,7 +61,7 @@ finish() { # NONCE STATUS: the mark on kiln.out says that all output before it h
     printf '\000kiln-end %s\n' "$1" >&4
     # Only who fails may have failed for want of space.
     left=0
-    [ "$2" = 0 ] || left=$(df -Pk / | { read -r _ && read -r _ _ _ left _ && echo "$left"; })
+    [ "$2" = 0 ] || left=$(free_kib /)
     answer "done" "$1" "$2" "$left"
 }
 
@@ -70,7 +72,7 @@ run() { # NONCE BYTES sh|exec NAME: all of the archive is in the folder NAME
     [ "$2" -le 33554432 ] || place=/var/tmp
     work=$place/$4
     if ! receive "$2" | tar -x -p -f - -C "$place"; then
-        left=$(df -Pk "$place" | { read -r _ && read -r _ _ _ left _ && echo "$left"; })
+        left=$(free_kib "$place")
         rm -rf "$work"
         answer fail "$1" "the step's files could not be unpacked in the guest, where $((left / 1024)) MiB were free"
         return

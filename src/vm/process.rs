@@ -174,20 +174,10 @@ impl Machine {
             self.wait_for("QEMU", Duration::from_secs(5), |_| None::<()>)?;
             return Err(Error::io("cannot talk to QEMU")(error));
         }
-        let mut early = Vec::new();
-        let answer = self.wait_for("QEMU's answer", Duration::from_secs(30), |signal| match signal {
+        let answer = self.wait_aside("QEMU's answer", Duration::from_secs(30), |signal| match signal {
             Signal::Monitor(value) => Some(value.clone()),
-            Signal::Answer(_) | Signal::Seen | Signal::Lost(_) | Signal::Event(_) => {
-                early.push(signal.clone());
-                None
-            }
             _ => None,
-        });
-        // What was said meanwhile is for whoever waits for it next.
-        for signal in early {
-            let _ = self.sender.send(signal);
-        }
-        let answer = answer?;
+        })?;
         match answer.get("error") {
             Some(error) => Err(Error::Monitor { command: command.to_owned(), answer: error["desc"].to_string() }),
             None => Ok(answer["return"].clone()),
@@ -213,9 +203,32 @@ impl Machine {
             if begun.elapsed() > patience {
                 return Ok(false);
             }
-            self.cancel.check()?;
-            std::thread::sleep(Duration::from_millis(200));
+            // QEMU has no event for it. Not asleep, so that what dooms the guest ends this at once.
+            match self.wait_aside("the guest to read its disk", Duration::from_millis(200), |_| None) {
+                Ok(()) | Err(Error::TimedOut { .. }) => {}
+                Err(error) => return Err(error),
+            }
         }
+    }
+
+    /// As [`Self::wait_for`]. What the guest says meanwhile is for whoever waits for that next.
+    fn wait_aside<T>(
+        &mut self,
+        awaited: &str,
+        limit: Duration,
+        found: impl Fn(&Signal) -> Option<T>,
+    ) -> Result<T, Error> {
+        let mut early = Vec::new();
+        let outcome = self.wait_for(awaited, limit, |signal| {
+            if let Signal::Answer(_) | Signal::Seen | Signal::Lost(_) | Signal::Event(_) = signal {
+                early.push(signal.clone());
+            }
+            found(signal)
+        });
+        for signal in early {
+            let _ = self.sender.send(signal);
+        }
+        outcome
     }
 
     /// Waits until `found` makes something of a signal. Everything that dooms the wait ends it: see [`Error`].
