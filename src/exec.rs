@@ -260,6 +260,13 @@ pub fn become_tethered() -> Option<ExitCode> {
     Some(ExitCode::from(127))
 }
 
+/// What tells this boot of the host from every other (random(4)); none where the host doesn't say.
+#[must_use]
+pub fn boot_id() -> Option<String> {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim().to_owned()).filter(|id| !id.is_empty())
+}
+
 /// The signals that this process was started to ignore (proc(5), `SigIgn`).
 #[must_use]
 pub fn ignored_signals() -> Vec<i32> {

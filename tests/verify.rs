@@ -139,14 +139,26 @@ fn spoil(disk: &Path) {
 
 /// Makes kiln believe that a file is unchanged and has this digest, as a disk does that fails in silence.
 fn believe(bench: &Bench, file: &Path, sha256: &str) {
+    note(bench, file, "", json!({ "sha256": sha256, "sha512": null }));
+}
+
+/// As [`believe`] of a disk that was built in this boot of the host, or in another.
+fn believe_disk(bench: &Bench, digest: &str, boot: &str) {
+    note(bench, &bench.path("out/web/disk.raw"), ".disk", json!({ "digest": digest, "boot": boot }));
+}
+
+fn this_boot() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap().trim().to_owned()
+}
+
+fn note(bench: &Bench, file: &Path, kind: &str, mut note: Value) {
     let metadata = file.metadata().unwrap();
-    let identity = json!({
+    note["identity"] = json!({
         "device": metadata.dev(), "inode": metadata.ino(), "size": metadata.len(),
         "modified": [metadata.mtime(), metadata.mtime_nsec()], "changed": [metadata.ctime(), metadata.ctime_nsec()],
     });
     let name = Digest::of(format!("{} {}", metadata.dev(), metadata.ino()).as_bytes()).to_string();
-    let note = json!({ "identity": identity, "sha256": sha256, "sha512": null });
-    bench.write(&format!("cache/known/{}", &name[..32]), note.to_string());
+    bench.write(&format!("cache/known/{}{kind}", &name[..32]), note.to_string());
 }
 
 #[test]
@@ -234,7 +246,7 @@ fn a_damaged_output_is_built_again() {
     build(&bench).run().succeeded();
     let (digest, disk) = (manifest(&bench)["digest"].clone(), bench.path("out/web/disk.raw"));
     spoil(&disk);
-    believe(&bench, &disk, digest.as_str().unwrap());
+    believe_disk(&bench, digest.as_str().unwrap(), &this_boot());
     let qemus = bench.qemus().len();
     assert_eq!(build(&bench).run().stderr, "", "nobody looks");
     let said = build(&bench).arg("--verify").run();
@@ -249,4 +261,25 @@ fn a_damaged_output_is_built_again() {
     assert!(said.starts_with("warning: `out/web` is not what was built and is built again: line "), "{said}");
     assert_eq!(bench.read("out/web/blocks"), blocks);
     bench.assert_tidy(&["web"]);
+}
+
+#[test]
+fn after_the_host_was_started_again_the_output_is_compared() {
+    let bench = bench();
+    build(&bench).run().succeeded();
+    let digest = manifest(&bench)["digest"].as_str().unwrap().to_owned();
+    let qemus = bench.qemus().len();
+    believe_disk(&bench, &digest, "an earlier one");
+    assert_eq!(phases(&bench, &[]), ["verify"]);
+    assert_eq!(phases(&bench, &[]), [""; 0], "once is enough");
+    assert_eq!(bench.qemus().len(), qemus, "nothing was lost");
+
+    // Its last blocks had not reached the host's disk when the power went.
+    spoil(&bench.path("out/web/disk.raw"));
+    believe_disk(&bench, &digest, "an earlier one");
+    let said = build(&bench).run();
+    insta::assert_snapshot!(said.stderr, @"warning: `out/web` is not what was built and is built again: 1 of its 2048 blocks differ, the first at byte 5242880");
+    assert_eq!((said.code, bench.qemus().len()), (Some(0), qemus + 1));
+    assert_eq!(manifest(&bench)["digest"], digest);
+    assert_eq!(phases(&bench, &[]), [""; 0]);
 }

@@ -51,6 +51,7 @@ use record::Recorder;
 use session::Session;
 pub use shell::{ShellRequest, Visitor, shell};
 use steps::Epoch;
+pub use verify::check_disk;
 
 /// Room that a build takes beside the base's own data: the overlay's growth and the logs.
 const ROOM: u64 = 512 * MIB;

@@ -1,11 +1,13 @@
 //! The output folder: half-made under a hidden name, whole under its own; after a failure the logs alone.
 
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::manifest::{self, Manifest};
+use crate::disk;
 use crate::error::{Error, Exit};
 use crate::store::{self, Scratch};
 
@@ -23,7 +25,6 @@ pub(super) struct Pending {
     scratch: Scratch,
     folder: PathBuf,
     failed: PathBuf,
-    parent: PathBuf,
 }
 
 impl Pending {
@@ -39,7 +40,7 @@ impl Pending {
         std::fs::create_dir(scratch.path().join("new")).map_err(fail)?;
         std::fs::create_dir(scratch.path().join("new/steps")).map_err(fail)?;
         let failed = parent.join(format!("{name}.failed"));
-        Ok(Self { scratch, folder: parent.join(name), failed, parent: parent.to_owned() })
+        Ok(Self { scratch, folder: parent.join(name), failed })
     }
 
     /// Where files of the output are written.
@@ -55,16 +56,17 @@ impl Pending {
     /// Gives the folder its name, in place of one that was there before.
     pub(super) fn commit(self) -> Result<PathBuf, Error> {
         let fail = |error: io::Error| Error::io(format!("cannot put `{}` in its place", self.folder.display()), &error);
+        // Not for a power cut: after one, a build or a publish compares the disk with its block map.
         for file in std::fs::read_dir(self.path()).map_err(fail)?.flatten() {
-            std::fs::File::open(file.path()).and_then(|file| file.sync_all()).map_err(fail)?;
+            File::open(file.path()).and_then(|file| disk::confirm(&file)).map_err(fail)?;
         }
-        // What was published from here before stays known: its entries name the disk's digest.
+        // What was published from here before stays known: its entries name the disk's digest. It can't be made again.
         let published = self.folder.join(PUBLISHED);
         if published.is_file() {
-            std::fs::copy(&published, self.path().join(PUBLISHED)).map_err(fail)?;
+            let copy = self.path().join(PUBLISHED);
+            std::fs::copy(&published, &copy).and_then(|_| File::open(&copy)?.sync_all()).map_err(fail)?;
         }
         replace(&self.path(), &self.folder).map_err(fail)?;
-        let _ = std::fs::File::open(&self.parent).and_then(|parent| parent.sync_all());
         let _ = std::fs::remove_dir_all(&self.failed);
         Ok(self.folder.clone())
     }
@@ -90,9 +92,9 @@ pub(super) fn rewrite_manifest(parent: &Path, folder: &Path, manifest: &Manifest
     let scratch = store::locked_folder(parent, &prefix).map_err(fail)?;
     manifest.write(scratch.path())?;
     let fresh = scratch.path().join(manifest::FILE);
-    std::fs::File::open(&fresh).and_then(|file| file.sync_all()).map_err(fail)?;
+    File::open(&fresh).and_then(|file| file.sync_all()).map_err(fail)?;
     std::fs::rename(fresh, folder.join(manifest::FILE)).map_err(fail)?;
-    let _ = std::fs::File::open(folder).and_then(|folder| folder.sync_all());
+    let _ = File::open(folder).and_then(|folder| folder.sync_all());
     Ok(())
 }
 

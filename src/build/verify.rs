@@ -2,17 +2,17 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::manifest::{DISK, Manifest};
 use super::{Artifact, Request, at_base, disk_failure, from_home, output};
 use crate::cancel::Cancel;
 use crate::disk::{self, Image};
-use crate::error::Error;
+use crate::error::{Error, Exit};
 use crate::event::Events;
 use crate::recipe::{self, Recipe};
-use crate::store::{self, Store};
+use crate::store::{self, DiskState, Store};
 
 /// Reads the base image and the base in the cache again. Steps' own inputs are read whole in every build.
 pub(super) fn base(recipe: &Recipe, store: &Store, events: &Events, cancel: &Cancel) -> Result<(), Error> {
@@ -44,11 +44,16 @@ pub(super) fn look_over(
     events: &Events,
     cancel: &Cancel,
 ) -> Result<Option<Artifact>, Error> {
-    if request.verify
-        && let Some(why) = damage(&artifact, events, cancel)?
-    {
-        events.warn(format!("`{}` is not what was built and is built again: {why}", artifact.folder.display()));
-        return Ok(None);
+    let Artifact { folder, manifest } = &artifact;
+    let unsure = store.look_at_disk(&folder.join(DISK), &manifest.digest) != DiskState::Same;
+    if request.verify || unsure {
+        if let Some(why) = damage(folder, manifest, events, cancel)? {
+            events.warn(format!("`{}` is not what was built and is built again: {why}", folder.display()));
+            return Ok(None);
+        }
+        if unsure {
+            store.know_disk(&folder.join(DISK), &manifest.digest);
+        }
     }
     if wants_sum(recipe, request) && (artifact.manifest.sha256.is_none() || request.verify) {
         return add_sum(artifact, request, store, events, cancel);
@@ -56,16 +61,35 @@ pub(super) fn look_over(
     Ok(Some(artifact))
 }
 
+/// Compares the disk of an output folder with its block map, unless this host has built it since it was last started and
+/// nobody has changed it, which `store` knows: what is made of the disk carries its digest.
+///
+/// # Errors
+/// When it is not what was built, or can't be read.
+pub fn check_disk(
+    folder: &Path,
+    manifest: &Manifest,
+    store: Option<&Store>,
+    events: &Events,
+    cancel: &Cancel,
+) -> Result<(), Error> {
+    if store.is_some_and(|store| store.look_at_disk(&folder.join(DISK), &manifest.digest) == DiskState::Same) {
+        return Ok(());
+    }
+    let Some(why) = damage(folder, manifest, events, cancel)? else { return Ok(()) };
+    Err(Error::new(Exit::Input, format!("the disk of `{}` is not what was built: {why}", folder.display()))
+        .help("build it again"))
+}
+
 /// How the disk differs from its block map; none: it doesn't.
-fn damage(artifact: &Artifact, events: &Events, cancel: &Cancel) -> Result<Option<String>, Error> {
-    let folder = &artifact.folder;
+fn damage(folder: &Path, manifest: &Manifest, events: &Events, cancel: &Cancel) -> Result<Option<String>, Error> {
     let outcome = |damage: &Option<String>| match damage {
         None => format!("{DISK} is what was built"),
         Some(_) => format!("{DISK} is damaged"),
     };
     events.phase("verify", format!("reading {} again", folder.join(DISK).display()), outcome, || {
         let compared = store::pass("verify", events, cancel, |work| {
-            let digest = Some(artifact.manifest.digest.as_str());
+            let digest = Some(manifest.digest.as_str());
             store::differences(&folder.join(DISK), &folder.join(output::BLOCKS), digest, work)
         })?;
         Ok(compared.unwrap_or_else(|error| Some(disk_failure(error).message)))
@@ -91,7 +115,7 @@ fn add_sum(
     let disk = File::open(here.join(DISK)).map_err(failed)?;
     let image = Image::new(Arc::new(disk), &folder.join(DISK)).map_err(disk_failure)?;
     let sha256 = sum(&image, events, cancel)?;
-    if !store.knows_disk(&here.join(DISK), &manifest.digest) {
+    if store.look_at_disk(&here.join(DISK), &manifest.digest) != DiskState::Same {
         return Ok(None);
     }
     if manifest.sha256.as_ref().is_some_and(|old| *old != sha256) {

@@ -6,6 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use kiln::build;
 use kiln::build::manifest::{DISK, Manifest};
 use kiln::cli::Publish;
 use kiln::error::{Error, Exit};
@@ -27,6 +28,8 @@ pub(super) fn run(context: &Context<'_>, arguments: Publish) -> Result<(), Error
     let manifest = Manifest::read(&arguments.outdir)?;
     let events = context.ui.events();
     let request = request(&manifest, &arguments, &events)?;
+    // Without a cache nothing is known of the disk, and it is read once more.
+    build::check_disk(&arguments.outdir, &manifest, context.store().ok().as_ref(), &events, context.cancel)?;
     let published = publish::publish(&request, &events, context.cancel)?;
     let result = json!([published]);
     if arguments.dry_run {

@@ -1,5 +1,6 @@
 //! Writing a fresh overlay.
 
+use super::copy::confirm;
 use super::overlay::Overlay;
 use super::qcow2::{BACKING_NAME_LIMIT, COPIED, L1_LIMIT, NewHeader};
 use super::table::Patch;
@@ -205,9 +206,8 @@ impl Layout {
         }
         file.write_all_at(&numbers(l1), self.l1_at())?;
         file.write_all_at(&numbers(l2), self.l2_at())?;
-        file.sync_all()?;
         file.write_all_at(&self.header(backing).bytes(), 0)?;
-        file.sync_all()
+        confirm(file)
     }
 
     fn header<'a>(&self, backing: Backing<'a>) -> NewHeader<'a> {

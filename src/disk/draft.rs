@@ -10,7 +10,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::blocks::{BLOCK, BlockMap};
-use super::copy::{Exported, Work, create, data_bytes, rewrite};
+use super::copy::{Exported, Work, confirm, create, data_bytes, rewrite};
 use super::overlay::{ExtentKind, Overlay};
 use super::{Error, Image, copy};
 
@@ -44,7 +44,7 @@ impl Draft {
         let file = create(out, size)?;
         let exported = copy::pass(&image, Some((&file, out)), known, work)?;
         // Now, while there is time: what is left for the end is then little as well.
-        file.sync_data().map_err(|source| Error::write(out, source))?;
+        confirm(&file).map_err(|source| Error::write(out, source))?;
         let uneven =
             (image.size() < size && !image.size().is_multiple_of(BLOCK)).then_some(image.size() / BLOCK * BLOCK);
         let (path, behind) = (out.to_owned(), behind.to_owned());
@@ -68,7 +68,7 @@ impl Draft {
         changed.extend(self.uneven.map(|start| start..start + 1));
         let ranges = whole_blocks(changed, self.size);
         let rewritten = rewrite(&image, (&self.file, &self.path), &ranges, work)?;
-        self.file.sync_all().map_err(|source| Error::write(&self.path, source))?;
+        confirm(&self.file).map_err(|source| Error::write(&self.path, source))?;
         let mut block_map = BlockMap::from_data(self.size, self.begun.data());
         for (index, digest) in rewritten {
             block_map.set(index, digest);

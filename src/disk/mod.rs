@@ -53,6 +53,7 @@ mod testing;
 
 pub use blocks::{BLOCK, BlockMap, Digest};
 pub use boot::{BootFiles, WhyNot, boot_files, root_file};
+pub(crate) use copy::confirm;
 pub use copy::{Exported, Work, export};
 pub use create::Backing;
 pub use draft::{Draft, known_through};

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::Store;
+use crate::exec;
 use crate::units::hex;
 
 /// How old a file's last change must be for its digest to be noted.
@@ -65,6 +66,28 @@ struct Known {
     sha512: Option<String>,
 }
 
+/// A disk that kiln wrote. Nobody waited until the host's disk had it: only in the same boot of the host is it sure to be
+/// what was written.
+#[derive(Serialize, Deserialize)]
+struct KnownDisk {
+    identity: Identity,
+    /// Of its block map.
+    digest: String,
+    boot: Option<String>,
+}
+
+/// What is known of a disk that was built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskState {
+    /// Nobody has changed it.
+    Same,
+    /// Nobody has changed it, but the host was started again since: if by a power cut, some of it may never have
+    /// reached the host's disk.
+    Unsure,
+    /// Another kiln made it, or it was copied, or changed.
+    Unknown,
+}
+
 /// A file's digests in lowercase hex.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Digests {
@@ -91,18 +114,28 @@ impl Store {
         let _ = self.write_json(&self.known_path(before), &known);
     }
 
-    /// Notes the digest of a disk that kiln itself has just written whole.
+    /// Notes the digest of a disk that kiln itself has just written whole, or compared with its block map.
     pub fn know_disk(&self, disk: &Path, digest: &str) {
         if let Ok(identity) = File::open(disk).and_then(|file| Identity::of(&file)) {
-            let known = Known { sha256: digest.to_owned(), sha512: None, identity };
-            let _ = self.write_json(&self.known_path(&known.identity), &known);
+            let known = KnownDisk { digest: digest.to_owned(), boot: exec::boot_id(), identity };
+            let _ = self.write_json(&self.known_disk_path(&known.identity), &known);
         }
     }
 
     /// Whether the disk is still the one whose digest was noted.
     #[must_use]
-    pub fn knows_disk(&self, disk: &Path, digest: &str) -> bool {
-        File::open(disk).is_ok_and(|file| self.known(&file).is_some_and(|known| known.sha256 == digest))
+    pub fn look_at_disk(&self, disk: &Path, digest: &str) -> DiskState {
+        let read = || -> io::Result<(Identity, KnownDisk)> {
+            let identity = Identity::of(&File::open(disk)?)?;
+            let known = serde_json::from_slice(&std::fs::read(self.known_disk_path(&identity))?)?;
+            Ok((identity, known))
+        };
+        match read() {
+            Ok((identity, known)) if known.identity == identity && known.digest == digest => {
+                if known.boot == exec::boot_id() && known.boot.is_some() { DiskState::Same } else { DiskState::Unsure }
+            }
+            _ => DiskState::Unknown,
+        }
     }
 
     /// Makes `file` unknown.
@@ -115,6 +148,10 @@ impl Store {
     fn known_path(&self, identity: &Identity) -> PathBuf {
         let name = Sha256::digest(format!("{} {}", identity.device, identity.inode));
         self.root.join("known").join(&hex(&name)[..32])
+    }
+
+    fn known_disk_path(&self, identity: &Identity) -> PathBuf {
+        self.known_path(identity).with_extension("disk")
     }
 
     /// Writes a small file whole or not at all.
@@ -157,5 +194,30 @@ mod tests {
         assert_eq!(store.known(&open()), None, "times count");
         std::fs::write(store.known_path(&fresh), "{ half").unwrap();
         assert_eq!(store.known(&open()), None, "a damaged note is none");
+    }
+
+    #[test]
+    fn a_disk_is_what_was_written_until_the_host_starts_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store")).unwrap();
+        let path = folder.path().join("disk.raw");
+        std::fs::write(&path, "one").unwrap();
+        assert_eq!(store.look_at_disk(&path, "ab"), DiskState::Unknown);
+        store.know_disk(&path, "ab");
+        assert_eq!(store.look_at_disk(&path, "ab"), DiskState::Same);
+        assert_eq!(store.look_at_disk(&path, "cd"), DiskState::Unknown);
+        let file = File::open(&path).unwrap();
+        assert_eq!(store.known(&file), None, "a disk's digest is no SHA-256 of its file");
+
+        let identity = Identity::of(&file).unwrap();
+        for boot in [None, Some("an earlier one".to_owned())] {
+            let known = KnownDisk { identity: identity.clone(), digest: "ab".to_owned(), boot };
+            store.write_json(&store.known_disk_path(&identity), &known).unwrap();
+            assert_eq!(store.look_at_disk(&path, "ab"), DiskState::Unsure);
+        }
+        store.know_disk(&path, "ab");
+        std::fs::write(&path, "two").unwrap();
+        File::options().write(true).open(&path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        assert_eq!(store.look_at_disk(&path, "ab"), DiskState::Unknown);
     }
 }

@@ -5,7 +5,7 @@
 //! CACHE/bases/SHA256/blocks     its block map as it was unpacked, for `--verify`
 //! CACHE/layers/KEY-RANDOM/      the disk, and perhaps the guest's memory, after a step
 //! CACHE/locks/KEY               held by the kiln that is making the layer
-//! CACHE/known/ID                digests of files that have not changed since
+//! CACHE/known/ID[.disk]         digests of files, and of disks that were built, that have not changed since
 //! CACHE/work/RANDOM/            one running kiln's scratch, with a lock for as long as it runs
 //! CACHE/accelerator.json        what the probe found, for this boot of the host
 //! ```
@@ -30,6 +30,7 @@ use crate::error::Error;
 
 pub use base::Imported;
 pub use gc::{Entry, Kind, Limits};
+pub use known::DiskState;
 pub(crate) use layer::same_file;
 pub use layer::{CLAIM_LOOK, Claim, DISK as LAYER_DISK, Layer, Lookup, Pending, Record};
 pub use transfer::Transferred;
@@ -59,6 +60,8 @@ impl Scratch {
 const LOCK: &str = "lock";
 /// No small file takes this long to be written.
 const STALE: Duration = Duration::from_secs(3600);
+/// How long a file's digest is known. Nothing tells that the file is gone, and it can always be read again.
+const FORGOTTEN: Duration = Duration::from_secs(90 * 86_400);
 
 impl Store {
     /// The store in `folder`, made if it is missing.
@@ -99,7 +102,7 @@ impl Store {
             .map_err(|error| Error::io(format!("cannot write to `{}`", work.display()), &error))
     }
 
-    /// Removes locks that killed kilns held, and small files that they were writing.
+    /// Removes locks that killed kilns held, small files that they were writing, and notes of files that are long gone.
     fn sweep_files(&self) {
         let files = |folder: &str| std::fs::read_dir(self.root.join(folder)).into_iter().flatten().flatten();
         for path in files("locks").map(|entry| entry.path()) {
@@ -111,10 +114,11 @@ impl Store {
                 let _ = std::fs::remove_file(path);
             }
         }
-        let begun = |entry: &std::fs::DirEntry| entry.file_name().to_string_lossy().starts_with(".tmp");
-        for entry in files("known").filter(begun) {
+        for entry in files("known") {
+            let begun = entry.file_name().to_string_lossy().starts_with(".tmp");
+            let limit = if begun { STALE } else { FORGOTTEN };
             let written = entry.metadata().and_then(|metadata| metadata.modified());
-            if written.is_ok_and(|written| written.elapsed().is_ok_and(|age| age > STALE)) {
+            if written.is_ok_and(|written| written.elapsed().is_ok_and(|age| age > limit)) {
                 let _ = std::fs::remove_file(entry.path());
             }
         }
@@ -217,17 +221,16 @@ mod tests {
         let store = Store::open(folder.path()).unwrap();
         let claim = store.try_claim("held").unwrap();
         let path = |name: &str| folder.path().join(name);
-        for name in ["locks/dead", "known/.tmpnew", "known/.tmpold", "known/old"] {
+        for name in ["locks/dead", "known/.tmpnew", "known/.tmpold", "known/old", "known/ancient"] {
             std::fs::write(path(name), "").unwrap();
         }
-        for name in ["known/.tmpold", "known/old"] {
+        for (name, age) in [("known/.tmpold", 2 * STALE), ("known/old", 2 * STALE), ("known/ancient", 2 * FORGOTTEN)] {
             let file = File::options().write(true).open(path(name)).unwrap();
-            file.set_modified(std::time::SystemTime::now() - 2 * STALE).unwrap();
+            file.set_modified(std::time::SystemTime::now() - age).unwrap();
         }
         drop(store.scratch().unwrap());
-        let left =
-            ["locks/held", "locks/dead", "known/.tmpnew", "known/.tmpold", "known/old"].map(|name| path(name).exists());
-        assert_eq!(left, [true, false, true, false, true]);
+        let names = ["locks/held", "locks/dead", "known/.tmpnew", "known/.tmpold", "known/old", "known/ancient"];
+        assert_eq!(names.map(|name| path(name).exists()), [true, false, true, false, true, false]);
         drop(claim);
     }
 }

@@ -81,19 +81,20 @@ pub fn probe(qemu: &Path, memory: &Path, cancel: &Cancel) -> Result<Kvm, exec::E
         Err(_) => return Ok(Kvm::Forbidden),
         Ok(()) => {}
     }
-    let boot = fs_err::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let boot = exec::boot_id();
     let qemu_name = qemu.display().to_string();
     let remembered = fs_err::read(memory).ok().and_then(|text| serde_json::from_slice::<Remembered>(&text).ok());
     if let Some(remembered) = remembered
-        && remembered.boot == boot
+        && boot.as_ref() == Some(&remembered.boot)
         && remembered.qemu == qemu_name
-        && !boot.is_empty()
     {
         return Ok(remembered.kvm);
     }
     let kvm = sing(qemu, cancel)?;
     // Only a help for the next time: a folder that can't be written costs a probe, not the build.
-    let _ = remember(memory, &Remembered { boot, qemu: qemu_name, kvm: kvm.clone() });
+    if let Some(boot) = boot {
+        let _ = remember(memory, &Remembered { boot, qemu: qemu_name, kvm: kvm.clone() });
+    }
     Ok(kvm)
 }
 

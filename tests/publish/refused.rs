@@ -1,5 +1,7 @@
 //! Refusals: each says what is wrong and what to do, is asked once if it can't succeed, and leaves nothing.
 
+use std::os::unix::fs::FileExt;
+
 use serde_json::{Value, json};
 
 use super::{NOTHING, ONE_IMAGE, Stage, word};
@@ -142,6 +144,32 @@ fn a_disk_that_is_cut_short_is_not_sent() {
     let file = std::fs::OpenOptions::new().write(true).open(stage.bench.path("out/web/disk.raw")).unwrap();
     file.set_len(1 << 29).unwrap();
     let said = stage.publish().run().failed(3);
-    assert!(said.contains("has 536870912 bytes, and 1 GiB were announced"), "{said}");
+    insta::assert_snapshot!(said, @r"
+    error: the disk of `out/web` is not what was built: 1024 of its 2048 blocks differ, the first at byte 536870912
+     |
+    help: build it again
+    ");
     assert_eq!(stage.aws.resources(), NOTHING);
+}
+
+#[test]
+fn a_disk_that_is_not_what_was_built_is_not_sent() {
+    let stage = Stage::new();
+    let out = stage.bench.path("out/web");
+    let copied = std::process::Command::new("cp").arg("-a").arg(&out).arg(stage.bench.path("copy")).status();
+    assert!(copied.unwrap().success());
+    let disk = std::fs::OpenOptions::new().write(true).open(out.join("disk.raw")).unwrap();
+    disk.write_all_at(b"X", 5 << 20).unwrap();
+    let said = stage.publish().run().failed(3);
+    insta::assert_snapshot!(said, @r"
+    error: the disk of `out/web` is not what was built: 1 of its 2048 blocks differ, the first at byte 5242880
+     |
+    help: build it again
+    ");
+    assert_eq!(stage.aws.requests("s3:CreateMultipartUpload"), [] as [Value; 0]);
+    assert_eq!(stage.aws.resources(), NOTHING);
+
+    // A copy is, even if nothing is known of it and there is no place to note it.
+    let copy = stage.aws.with(stage.bench.kiln(["-q", "publish", "copy", "--cache-dir", "/proc/none"]));
+    stage.published(copy.run());
 }
