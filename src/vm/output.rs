@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::process::Signal;
+use super::process::{Follower, Signal};
 
 /// Takes what a step prints, as it comes. Bytes may be anything and cut anywhere.
 pub trait Sink: Send {
@@ -25,10 +25,11 @@ pub(super) struct Output(Arc<Mutex<State>>);
 
 impl Output {
     /// Reads `stream` until it ends, on a thread of its own.
-    pub(super) fn follow(mut stream: UnixStream, sender: Sender<Signal>) -> Self {
+    pub(super) fn follow(mut stream: UnixStream, sender: Sender<Signal>, follower: Follower) -> Self {
         let output = Self::default();
         let reader = output.clone();
         std::thread::spawn(move || {
+            let _follower = follower;
             let mut cutter = Cutter::default();
             let mut buffer = [0; 65536];
             while let Ok(n @ 1..) = stream.read(&mut buffer) {

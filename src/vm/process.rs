@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 use super::console::Console;
 pub use super::console::Mirror;
+use super::output::Output;
 use super::spec::{CTL_SOCKET, FRAMES_FROM_GUEST, FRAMES_TO_NETWORK, IN_SOCKET, OUT_SOCKET, QMP_SOCKET, Spec};
 use super::{Error, filter};
 use crate::cancel::{Cancel, Subscription};
@@ -82,7 +83,7 @@ pub struct Machine {
 pub(super) struct AgentStreams {
     pub(super) commands: UnixStream,
     pub(super) inputs: UnixStream,
-    pub(super) output: super::output::Output,
+    pub(super) output: Output,
 }
 
 impl Machine {
@@ -472,7 +473,7 @@ fn connect(
                 commands = Some(stream);
             }
             IN_SOCKET => inputs = Some(stream),
-            OUT_SOCKET => output = Some(super::output::Output::follow(stream, sender.clone())),
+            OUT_SOCKET => output = Some(Output::follow(stream, sender.clone(), follower.clone())),
             FRAMES_FROM_GUEST => frames.0 = Some(stream),
             FRAMES_TO_NETWORK => frames.1 = Some(stream),
             _ => {}
