@@ -22,10 +22,11 @@ use crate::vm::{self, Sink, filter, host::Host, seed};
 
 /// How long a guest may take to boot, under software emulation of a slow host, unless the recipe says otherwise.
 const BOOT_LIMIT: Duration = Duration::from_secs(600);
-/// How long until a guest reads its disk, and how often it is started. Under software emulation one kernel in a hundred
-/// hangs with all processors in their timers' interrupts before it comes to that.
-const FIRST_READ: Duration = Duration::from_secs(60);
+/// How often a guest is started that doesn't come to read its disk, and how long that may take at most: a fifth of the
+/// boot's own limit, if that is less. Under software emulation one kernel in a hundred hangs before, with all processors
+/// in their timers' interrupts.
 const STARTS: u32 = 3;
+const FIRST_READ: Duration = Duration::from_secs(60);
 /// How long a restored guest may take to answer.
 const RESUME_LIMIT: Duration = Duration::from_secs(60);
 /// How long kiln's own scripts may take.
@@ -110,7 +111,7 @@ impl Session<'_> {
         let limit = self.recipe.machine.timeout.unwrap_or(BOOT_LIMIT);
         let mut machine = self.machine(MemoryState::Savable)?;
         for _ in 1..STARTS {
-            if machine.reads_its_disk(FIRST_READ).map_err(|error| self.boot_failure(error))? {
+            if machine.reads_its_disk(FIRST_READ.min(limit / 5)).map_err(|error| self.boot_failure(error))? {
                 break;
             }
             self.events.warn("the guest's kernel hangs before it reads its disk: starting it again");

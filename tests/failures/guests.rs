@@ -107,6 +107,24 @@ fn a_guest_that_hangs_at_boot_by_its_firmware() {
     "#);
 }
 
+/// As kernels under software emulation do now and then; QEMU tells it by how often the guest has read its disk.
+#[test]
+fn a_guest_that_hangs_before_it_reads_its_disk_is_started_again() {
+    let bench = Bench::new();
+    bench.recipe("[machine]\nnetwork = \"none\"\ntimeout = \"5s\"\n");
+    let once = json!({ "reads": [0, 400], "boot 1": [["console", "Booting the kernel.\r\n"], ["hang"]] });
+    let said = bench.build(&once).run();
+    assert_eq!(said.stderr, "warning: the guest's kernel hangs before it reads its disk: starting it again\n");
+    assert_eq!((said.code, bench.qemus().len()), (Some(0), 2));
+    bench.assert_tidy(&["web"]);
+
+    let bench = Bench::new();
+    bench.recipe("[machine]\nnetwork = \"none\"\ntimeout = \"1s\"\n");
+    let said = fails(&bench, &json!({ "reads": [0, 0, 0], "boot": [["hang"]] }), 6, FAILED);
+    assert!(said.contains("starting it again\nerror: waited 1.0 s for the guest's agent\n"), "{said}");
+    assert_eq!(bench.qemus().len(), 3);
+}
+
 #[test]
 fn a_guest_that_powers_off_while_booting() {
     let off = json!([["console", "reboot: Power down\r\n"], ["sleep", 0.1],
