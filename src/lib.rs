@@ -42,6 +42,9 @@
 //! - Every wait for a guest also sees QEMU's death, a kernel's panic, a full host disk, a deadline and the user's
 //!   signal: they all arrive on one channel (`vm::process`).
 //! - What exists under its own name is whole: bases and output folders are written under another name and renamed.
+//! - Bases and layers are on the host's disk before they have their names. Output is not waited for, which would take
+//!   longer than a small build: after a restart of the host a build compares it with its block map before it says that
+//!   there is nothing to do, and a publish compares whatever disk it doesn't know to be the one that was built.
 //! - A file counts as unchanged only while its device, inode, size, mtime and ctime do; `--verify` reads bases and output
 //!   again all the same.
 //! - A scratch or half-made folder holds a lock for as long as its kiln lives; the next kiln removes what nobody holds.
@@ -55,7 +58,8 @@
 //! kiln's own scripts (`build/guest`) as functions: a guest that is taken up has read them long ago.
 //!
 //! Build guests load every program at the same addresses (`norandmaps`): under software emulation starting a program
-//! costs a third of what it does otherwise, because QEMU finds what it has translated by virtual address.
+//! costs a third of what it does otherwise, because QEMU finds what it has translated by virtual address. Guests that boot
+//! by their own boot loader, those of rehearsals too, have it from `SMBIOS`, and only under software emulation.
 //!
 //! Inputs travel as tar streams over a virtio-serial port, not on drives: nothing is hot-plugged, nothing stays in the
 //! guest's page cache, a stream has no size limit but the guest's disk, and secrets are on no drive. Commands and
