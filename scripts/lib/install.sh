@@ -39,8 +39,6 @@ want_base_tools() {
 want_build_tools() {
     want cc gcc
     want /usr/include/stdlib.h libc6-dev # gcc only recommends it, and nothing links without it
-    want make make
-    want cmake cmake # aws-lc, the TLS library's cryptography
     want curl curl
     want /etc/ssl/certs/ca-certificates.crt ca-certificates
 }

@@ -9,14 +9,17 @@ use aws_config::identity::IdentityCache;
 use aws_config::imds::{self, region::ImdsRegionProvider};
 use aws_config::meta::region::RegionProviderChain;
 use aws_config::profile::ProfileFileRegionProvider;
+use aws_config::provider_config::ProviderConfig;
 use aws_config::retry::RetryConfig;
 use aws_config::stalled_stream_protection::StalledStreamProtectionConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_sdk_s3::config::endpoint::{DefaultResolver, EndpointFuture, Params, ResolveEndpoint};
 use aws_sdk_s3::config::interceptors::BeforeTransmitInterceptorContextRef;
-use aws_sdk_s3::config::{ConfigBag, Intercept, RuntimeComponents};
+use aws_sdk_s3::config::{ConfigBag, Intercept, RuntimeComponents, SharedHttpClient};
 use aws_sdk_s3::error::{BoxError, ProvideErrorMetadata, SdkError};
+use aws_smithy_http_client::proxy::ProxyConfig;
+use aws_smithy_http_client::{Builder, Connector, tls};
 
 use super::failure::Failure;
 use crate::error::{Error, Exit};
@@ -46,12 +49,13 @@ impl Clients {
     /// for the region if nothing else names one.
     pub(super) async fn load(region: Option<&str>) -> Result<Self, Error> {
         let attempts = attempts(std::env::var("AWS_MAX_ATTEMPTS").ok().as_deref())?;
-        let metadata = metadata_service();
+        let https = https();
+        let metadata = metadata_service(&https);
         let region = match region.filter(|region| !region.is_empty()) {
             Some(region) => Region::new(region.to_owned()),
             None => usual_region(&metadata).await.ok_or_else(no_region)?,
         };
-        let config = load_config(region.clone(), metadata, attempts).await;
+        let config = load_config(region.clone(), https, metadata, attempts).await;
         let (s3_url, ec2_url) = (LastUrl::default(), LastUrl::default());
         let s3 = aws_sdk_s3::config::Builder::from(&config)
             .endpoint_resolver(PathStyle(DefaultResolver::new()))
@@ -89,14 +93,32 @@ impl Clients {
     }
 }
 
-async fn load_config(region: Region, metadata: imds::Client, attempts: u32) -> SdkConfig {
-    let credentials = DefaultCredentialsChain::builder().region(region.clone()).imds_client(metadata).build().await;
+/// HTTPS as the SDK's default client has it, with proxies from the environment and the system's certificates, but by
+/// `ring`: the default's AWS-LC needs CMake and minutes to be built, and the SDK's crates would wait for it.
+fn https() -> SharedHttpClient {
+    Builder::new().build_with_connector_fn(|settings, components| {
+        let provider = tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring);
+        let mut connector = Connector::builder().tls_provider(provider).proxy_config(ProxyConfig::from_env());
+        connector.set_connector_settings(settings.cloned());
+        connector.set_sleep_impl(components.and_then(RuntimeComponents::sleep_impl));
+        connector.build()
+    })
+}
+
+async fn load_config(region: Region, https: SharedHttpClient, metadata: imds::Client, attempts: u32) -> SdkConfig {
+    let credentials = DefaultCredentialsChain::builder()
+        .configure(ProviderConfig::default().with_http_client(https.clone()))
+        .region(region.clone())
+        .imds_client(metadata)
+        .build()
+        .await;
     let timeouts = TimeoutConfig::builder()
         .connect_timeout(Duration::from_secs(10))
         .operation_attempt_timeout(ATTEMPT)
         .operation_timeout(CALL)
         .build();
     aws_config::defaults(BehaviorVersion::latest())
+        .http_client(https)
         .region(region)
         .credentials_provider(credentials)
         // A credential helper may ask its user for a token; the default of 5 s is too short for that.
@@ -122,8 +144,9 @@ fn attempts(variable: Option<&str>) -> Result<u32, Error> {
 
 /// The metadata service of an EC2 instance, as the last place to look in. A laptop has none, and packets to its
 /// address may vanish: the SDK's own bounds add up to half a minute.
-fn metadata_service() -> imds::Client {
+fn metadata_service(https: &SharedHttpClient) -> imds::Client {
     imds::Client::builder()
+        .configure(&ProviderConfig::default().with_http_client(https.clone()))
         .max_attempts(2)
         .connect_timeout(Duration::from_secs(1))
         .read_timeout(Duration::from_secs(1))
