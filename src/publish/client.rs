@@ -94,7 +94,7 @@ impl Clients {
 }
 
 /// HTTPS as the SDK's default client has it, with proxies from the environment and the system's certificates, but by
-/// `ring`: the default's AWS-LC needs CMake and minutes to be built, and the SDK's crates would wait for it.
+/// `ring`: the default's AWS-LC needs minutes and a tool more to be built, and the SDK's crates would wait for it.
 fn https() -> SharedHttpClient {
     Builder::new().build_with_connector_fn(|settings, components| {
         let provider = tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring);

@@ -15,10 +15,12 @@ mod rules;
 mod stop;
 mod undo;
 mod upload;
+mod zeros;
 
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -144,7 +146,7 @@ struct Target {
 struct Job<'a> {
     request: &'a Request,
     target: Target,
-    clients: Clients,
+    clients: Arc<Clients>,
     events: &'a Events,
     stop: Stop,
 }
@@ -174,7 +176,7 @@ async fn publish_or_undo(request: &Request, events: &Events, cancel: &Cancel) ->
     let stop = Stop::new(cancel, request.timeout);
     let clients = stop.or("the AWS configuration", Box::pin(Clients::load(request.region.as_deref()))).await??;
     let target = rules::target(request, clients.region(), format!("{:016x}", retry::random()))?;
-    let job = Job { request, target, clients, events, stop };
+    let job = Job { request, target, clients: Arc::new(clients), events, stop };
     job.phase("check", preflight::begins(&job), |()| String::new(), Box::pin(preflight::check(&job))).await?;
     if request.dry_run {
         preflight::explain(&job)?;
@@ -189,7 +191,7 @@ async fn publish_or_undo(request: &Request, events: &Events, cancel: &Cancel) ->
 
 async fn steps(job: &Job<'_>, undo: &mut Undo) -> Result<Published, Error> {
     let work = Box::pin(upload::upload(job, undo));
-    job.phase("upload", upload::begins(job), |parts| upload::in_words(*parts), work).await?;
+    job.phase("upload", upload::begins(job), upload::in_words, work).await?;
     let work = Box::pin(import::import(job, undo));
     let snapshot = job.phase("import", import::begins(job), String::clone, work).await?;
     upload::delete(job, undo).await;

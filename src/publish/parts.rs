@@ -54,15 +54,24 @@ impl Parts {
         self.all.iter().filter(|part| !part.hole).map(|part| part.length).sum()
     }
 
+    /// The holes that are as long as all parts but the last, which may be shorter: copies of one another.
+    pub(super) fn holes(&self) -> impl Iterator<Item = Part> {
+        self.all.iter().copied().filter(|part| part.hole && part.length == self.size)
+    }
+
     /// The digest of `part`. A hole is not read.
     pub(super) fn digest(&self, file: &File, part: Part) -> io::Result<Digest> {
-        match part {
-            Part { hole: true, length, .. } if length == self.size => {
-                Ok(*self.hole_digest.get_or_init(|| zeros(length)))
-            }
-            Part { hole: true, length, .. } => Ok(zeros(length)),
-            Part { offset, length, .. } => hash(file, offset, length),
-        }
+        if part.hole { Ok(self.hole_digest(part)) } else { hash(file, part.offset, part.length) }
+    }
+
+    /// Whether `part`, which has this digest, is as long as all parts but the last and all zeros, written or not.
+    pub(super) fn is_zeros(&self, part: Part, digest: &Digest) -> bool {
+        part.length == self.size && self.hole_digest(part) == *digest
+    }
+
+    /// The digest of `part` if it is a hole.
+    pub(super) fn hole_digest(&self, part: Part) -> Digest {
+        if part.length == self.size { *self.hole_digest.get_or_init(|| zeros(self.size)) } else { zeros(part.length) }
     }
 }
 

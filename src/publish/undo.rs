@@ -28,8 +28,8 @@ const GONE: u32 = 3;
 pub(super) enum Made {
     /// A multipart upload of the target's key; while it is `completing`, there may be the object instead.
     Upload { id: Option<String>, completing: bool },
-    /// The target's object.
-    Object { version: Option<String> },
+    /// An object of this run: the target's, or the one of zeros beside it.
+    Object { key: String, version: Option<String> },
     /// An import task, tagged with the target's run.
     Task { id: Option<String> },
     /// A snapshot.
@@ -61,15 +61,20 @@ impl Undo {
         self.made[entry] = None;
     }
 
-    /// Deletes the object; what is left is returned in words, and stays noted.
-    pub(super) async fn object(&mut self, job: &Job<'_>) -> Result<(), String> {
+    /// Deletes the objects with these keys; what is left is returned in words, and stays noted.
+    pub(super) async fn objects(&mut self, job: &Job<'_>, which: impl Fn(&str) -> bool) -> Vec<String> {
+        let mut left = Vec::new();
         for entry in &mut self.made {
-            if let Some(made @ Made::Object { .. }) = entry {
-                take_back(job, made).await?;
-                *entry = None;
+            let Some(made) = entry.as_ref().filter(|made| matches!(made, Made::Object { key, .. } if which(key)))
+            else {
+                continue;
+            };
+            match take_back(job, made).await {
+                Ok(()) => *entry = None,
+                Err(words) => left.push(words),
             }
         }
-        Ok(())
+        left
     }
 
     /// Takes everything back, last made first. Returns `error` with what is left in its notes.
@@ -126,7 +131,7 @@ async fn take_back(job: &Job<'_>, made: &Made) -> Result<(), String> {
             Made::Image { id, snapshot } => undo_image(job, id.as_deref(), snapshot).await,
             Made::Snapshot { id } => delete_snapshot(job, id).await,
             Made::Task { id } => undo_task(job, id.as_deref()).await,
-            Made::Object { version } => delete_object(job, version.as_deref()).await,
+            Made::Object { key, version } => delete_object(job, key, version.as_deref()).await,
             Made::Upload { id, completing } => undo_upload(job, id.as_deref(), *completing).await,
         }
     });
@@ -184,7 +189,7 @@ fn in_words(job: &Job<'_>, made: &Made) -> String {
         Made::Task { id: None } => {
             format!("perhaps an import task with the tag {RUN_TAG}={} in {}", target.run, target.region)
         }
-        Made::Object { .. } => format!("object s3://{}/{}", target.bucket, target.key),
+        Made::Object { key, .. } => format!("object s3://{}/{key}", target.bucket),
         Made::Upload { id: None, .. } => {
             format!("perhaps an unfinished upload of s3://{}/{}", target.bucket, target.key)
         }
@@ -207,8 +212,8 @@ fn by_hand(job: &Job<'_>, made: &Made) -> String {
             let id = id.as_deref().unwrap_or("ID");
             format!("aws ec2 cancel-import-task --region {region} --import-task-id {id}")
         }
-        Made::Object { version: None } => format!("aws s3 rm s3://{bucket}/{key}"),
-        Made::Object { version: Some(version) } => {
+        Made::Object { key, version: None } => format!("aws s3 rm s3://{bucket}/{key}"),
+        Made::Object { key, version: Some(version) } => {
             format!("aws s3api delete-object --bucket {bucket} --key {key} --version-id {version}")
         }
         Made::Upload { id, .. } => {
@@ -321,14 +326,13 @@ async fn find_task(job: &Job<'_>) -> Result<Option<String>, Failure> {
     }
 }
 
-async fn delete_object(job: &Job<'_>, version: Option<&str>) -> Result<Option<Made>, Left> {
-    let target = &job.target;
+async fn delete_object(job: &Job<'_>, key: &str, version: Option<&str>) -> Result<Option<Made>, Left> {
     let deleted = until_deleted(|| async {
-        let call = job.clients.s3.delete_object().bucket(&target.bucket).key(&target.key);
+        let call = job.clients.s3.delete_object().bucket(&job.target.bucket).key(key);
         let call = call.set_version_id(version.map(str::to_owned));
         call.send().await.map(|_| ()).map_err(job.clients.failed("s3:DeleteObject"))
     });
-    Left::unless(deleted.await, Made::Object { version: version.map(str::to_owned) })
+    Left::unless(deleted.await, Made::Object { key: key.to_owned(), version: version.map(str::to_owned) })
 }
 
 async fn undo_upload(job: &Job<'_>, id: Option<&str>, completing: bool) -> Result<Option<Made>, Left> {
@@ -349,9 +353,9 @@ async fn undo_upload(job: &Job<'_>, id: Option<&str>, completing: bool) -> Resul
     }
     match upload::object(job).await {
         Ok(None) => Ok(Some(made())),
-        Ok(Some(object)) => delete_object(job, object.version.as_deref()).await,
+        Ok(Some(object)) => delete_object(job, &job.target.key, object.version.as_deref()).await,
         // To look takes a permission of its own. What isn't there can be deleted too.
-        Err(_) => delete_object(job, None).await,
+        Err(_) => delete_object(job, &job.target.key, None).await,
     }
 }
 
@@ -397,10 +401,11 @@ mod tests {
         let mut undo = Undo::default();
         let upload = undo.will_make(Made::Upload { id: None, completing: false });
         let task = undo.will_make(Made::Task { id: None });
-        undo.made(upload, Made::Object { version: None });
+        let object = Made::Object { key: "web.raw".to_owned(), version: None };
+        undo.made(upload, object.clone());
         undo.forget(task);
         undo.will_make(Made::Snapshot { id: "snap-1".to_owned() });
         let snapshot = Some(Made::Snapshot { id: "snap-1".to_owned() });
-        assert_eq!(undo.made, [Some(Made::Object { version: None }), None, snapshot]);
+        assert_eq!(undo.made, [Some(object), None, snapshot]);
     }
 }

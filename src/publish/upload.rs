@@ -7,15 +7,19 @@ use std::time::Duration;
 
 use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::primitives::{ByteStream, Length};
-use aws_sdk_s3::types::{ChecksumAlgorithm, ChecksumMode, ChecksumType, CompletedMultipartUpload, CompletedPart};
+use aws_sdk_s3::types::{
+    ChecksumAlgorithm, ChecksumMode, ChecksumType, CompletedMultipartUpload, CompletedPart, CopyPartResult,
+};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::sleep;
 
 use super::Job;
+use super::client::Clients;
 use super::failure::Failure;
 use super::parts::{self, Digest, Part, Parts};
 use super::retry::{Try, backoff, s3_once};
 use super::undo::{Made, Undo};
+use super::zeros::{self, Zeros};
 use crate::error::{Error, Exit};
 use crate::event::{Event, Events};
 use crate::units::{GIB, Size};
@@ -29,9 +33,19 @@ const READ: usize = 256 << 10;
 /// S3 puts the parts together before it answers.
 const COMPLETE: Duration = Duration::from_mins(5);
 
-/// What came of it: so many parts.
-pub(super) fn in_words(parts: usize) -> String {
-    format!("{parts} parts, each with its SHA-256")
+/// What came of it: how many parts there are, and how many of them were copied from zeros instead of sent.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Uploaded {
+    parts: usize,
+    copied: usize,
+}
+
+pub(super) fn in_words(uploaded: &Uploaded) -> String {
+    let Uploaded { parts, copied } = *uploaded;
+    match copied {
+        0 => format!("{parts} parts, each with its SHA-256"),
+        _ => format!("{} parts, each with its SHA-256, and {copied} of zeros that were not sent", parts - copied),
+    }
 }
 
 pub(super) fn begins(job: &Job<'_>) -> String {
@@ -44,25 +58,26 @@ pub(super) fn plan_in_words(job: &Job<'_>) -> Result<String, Error> {
     Ok(format!("upload {} in {} parts ({} in parts with data)", begins(job), parts.all.len(), Size(parts.data())))
 }
 
-/// Uploads the disk; gives the number of its parts.
-pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<usize, Error> {
+/// Uploads the disk.
+pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<Uploaded, Error> {
     let (file, parts) = open(job)?;
     let before = stamp(job, &file)?;
+    let zeros = Box::pin(zeros::make(job, undo, &parts)).await?;
     let (entry, id) = create(job, undo).await?;
     let sender = Sender {
-        s3: job.clients.s3.clone(),
+        clients: Arc::clone(&job.clients),
         events: job.events.clone(),
-        failed: Arc::new(job.clients.failed("s3:UploadPart")),
         bucket: job.target.bucket.clone(),
         key: job.target.key.clone(),
         id: id.clone(),
         path: job.request.disk.clone(),
         file,
         parts,
+        zeros,
     };
     let sender = Arc::new(sender);
     let sent = send_all(job, &sender).await?;
-    let parts = sent.len();
+    let uploaded = Uploaded { parts: sent.len(), copied: sent.iter().filter(|one| one.copied).count() };
     if stamp(job, &sender.file)? != before {
         return Err(Error::new(
             Exit::Input,
@@ -71,12 +86,14 @@ pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<usize, Erro
         .help("publish it again when nothing writes to it"));
     }
     Box::pin(complete(job, undo, entry, &id, sent)).await?;
-    Ok(parts)
+    // What can't be deleted now is tried again with the disk's own object.
+    let _ = undo.objects(job, |key| key != job.target.key).await;
+    Ok(uploaded)
 }
 
-/// Deletes the object. Nothing fails if that fails: the disk is imported already.
+/// Deletes what was uploaded. Nothing fails if that fails: the disk is imported already.
 pub(super) async fn delete(job: &Job<'_>, undo: &mut Undo) {
-    if let Err(left) = undo.object(job).await {
+    for left in undo.objects(job, |_| true).await {
         job.events.warn(format!("could not delete {left}"));
     }
 }
@@ -142,6 +159,8 @@ struct Sent {
     etag: String,
     /// Whether S3 told the SHA-256 of what arrived.
     confirmed: bool,
+    /// Whether it was copied inside S3.
+    copied: bool,
 }
 
 /// Why a part wasn't sent.
@@ -152,10 +171,10 @@ enum Lost {
 }
 
 async fn send_all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Vec<Sent>, Error> {
-    let (mut sent, mut done) = (Vec::with_capacity(sender.parts.all.len()), 0);
+    let mut sent = Vec::with_capacity(sender.parts.all.len());
     let mut waiting = sender.parts.all.clone().into_iter();
     let mut running: JoinSet<Result<Sent, Lost>> = JoinSet::new();
-    let total = job.request.size * GIB;
+    let (mut done, mut total) = (0, sender.to_send());
     job.events.emit(Event::Progress { phase: "upload", done, total });
     loop {
         while running.len() < job.request.parallel.max(1) {
@@ -166,7 +185,13 @@ async fn send_all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Vec<Sent>, Erro
         let Some(ended) = job.stop.or("the upload", running.join_next()).await? else { break };
         match ended.unwrap_or_else(|error| Err(Lost::Bug(error))) {
             Ok(one) => {
-                done += one.part.length;
+                // Zeros that turned out to be some, or could not be copied after all.
+                match (one.copied, sender.is_copied(one.part)) {
+                    (true, false) => total -= one.part.length,
+                    (false, true) => total += one.part.length,
+                    _ => {}
+                }
+                done += if one.copied { 0 } else { one.part.length };
                 sent.push(one);
                 job.events.emit(Event::Progress { phase: "upload", done, total });
             }
@@ -186,26 +211,38 @@ async fn send_all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Vec<Sent>, Erro
 
 /// Sends parts; shared by all that are in flight.
 struct Sender {
-    s3: aws_sdk_s3::Client,
+    clients: Arc<Clients>,
     events: Events,
-    failed: Arc<
-        dyn Fn(aws_sdk_s3::error::SdkError<aws_sdk_s3::operation::upload_part::UploadPartError>) -> Failure
-            + Send
-            + Sync,
-    >,
     bucket: String,
     key: String,
     id: String,
     path: PathBuf,
     file: File,
     parts: Parts,
+    zeros: Option<Zeros>,
 }
 
 impl Sender {
+    /// The bytes that will be sent, as far as can be told before they are read.
+    fn to_send(&self) -> u64 {
+        let sent = self.parts.all.iter().filter(|part| !self.is_copied(**part));
+        sent.map(|part| part.length).sum()
+    }
+
+    /// Whether the part is expected to be copied.
+    fn is_copied(&self, part: Part) -> bool {
+        part.hole && self.zeros.is_some() && self.parts.is_zeros(part, &self.parts.hole_digest(part))
+    }
+
     async fn send(self: Arc<Self>, part: Part) -> Result<Sent, Lost> {
         let hasher = Arc::clone(&self);
         let digest = tokio::task::spawn_blocking(move || hasher.parts.digest(&hasher.file, part));
         let digest = digest.await.map_err(Lost::Bug)?.map_err(Lost::Disk)?;
+        if self.parts.is_zeros(part, &digest)
+            && let Some(copied) = self.copy(part, digest).await
+        {
+            return Ok(copied);
+        }
         let mut attempt = 1;
         loop {
             match self.attempt(part, digest, attempt).await {
@@ -221,6 +258,49 @@ impl Sender {
         }
     }
 
+    /// Copies a part of zeros inside S3; nothing if that can't be done: then sending it shows why, or works.
+    async fn copy(&self, part: Part, digest: Digest) -> Option<Sent> {
+        let zeros = self.zeros.as_ref()?;
+        for attempt in 1..=ATTEMPTS {
+            let call = self
+                .clients
+                .s3
+                .upload_part_copy()
+                .bucket(&self.bucket)
+                .key(&self.key)
+                .upload_id(&self.id)
+                .part_number(part.number)
+                .copy_source(zeros.source(&self.bucket)?)
+                .customize()
+                .config_override(s3_once().timeout_config(part_timeouts(part.length, attempt)));
+            let failure = match call.send().await.map_err(self.clients.failed("s3:UploadPartCopy")) {
+                Ok(answer) => {
+                    let result = answer.copy_part_result.unwrap_or_else(|| CopyPartResult::builder().build());
+                    let (etag, arrived) = (result.e_tag.unwrap_or_default(), result.checksum_sha256);
+                    let right = arrived.as_ref().is_none_or(|arrived| *arrived == parts::base64(&digest));
+                    if right && !etag.is_empty() {
+                        return Some(Sent { part, digest, etag, confirmed: arrived.is_some(), copied: true });
+                    }
+                    Failure::found(
+                        "s3:UploadPartCopy",
+                        format!("part {} is not the zeros it was copied from", part.number),
+                    )
+                }
+                Err(failure) => failure,
+            };
+            let why = failure.reason();
+            if !failure.is_passing() {
+                if zeros.refuse() {
+                    self.events.detail(format!("zeros can't be copied inside S3 and are sent: {why}"));
+                }
+                return None;
+            }
+            self.events.detail(format!("part {} is copied again ({attempt} of {ATTEMPTS} failed): {why}", part.number));
+            sleep(backoff(attempt)).await;
+        }
+        None
+    }
+
     async fn attempt(&self, part: Part, digest: Digest, attempt: u32) -> Result<Sent, Lost> {
         let body = ByteStream::read_from()
             .path(&self.path)
@@ -230,10 +310,9 @@ impl Sender {
             .build()
             .await
             .map_err(|error| Lost::Disk(std::io::Error::other(error)))?;
-        let limit = part_limit(part.length, attempt);
-        let timeouts = TimeoutConfig::builder().operation_attempt_timeout(limit).operation_timeout(limit).build();
         let expected = parts::base64(&digest);
         let answer = self
+            .clients
             .s3
             .upload_part()
             .bucket(&self.bucket)
@@ -245,17 +324,17 @@ impl Sender {
             .content_length(i64::try_from(part.length).unwrap_or(i64::MAX))
             .body(body)
             .customize()
-            .config_override(s3_once().timeout_config(timeouts))
+            .config_override(s3_once().timeout_config(part_timeouts(part.length, attempt)))
             .send()
             .await
-            .map_err(|error| Lost::Refused((self.failed)(error)))?;
+            .map_err(|error| Lost::Refused(self.clients.failed("s3:UploadPart")(error)))?;
         let arrived = answer.checksum_sha256();
         if arrived.is_some_and(|arrived| arrived != expected) {
             let message = format!("part {} arrived damaged", part.number);
             return Err(Lost::Refused(Failure::found("s3:UploadPart", message)));
         }
         let etag = answer.e_tag().unwrap_or_default().to_owned();
-        Ok(Sent { part, digest, etag, confirmed: arrived.is_some() })
+        Ok(Sent { part, digest, etag, confirmed: arrived.is_some(), copied: false })
     }
 }
 
@@ -263,6 +342,12 @@ impl Sender {
 fn may_be_sent_again(failure: &Failure) -> bool {
     failure.is_passing()
         || matches!(failure.code.as_str(), "BadDigest" | "XAmzContentChecksumMismatch" | "IncompleteBody")
+}
+
+/// For an attempt at a part of `length` bytes.
+pub(super) fn part_timeouts(length: u64, attempt: u32) -> TimeoutConfig {
+    let limit = part_limit(length, attempt);
+    TimeoutConfig::builder().operation_attempt_timeout(limit).operation_timeout(limit).build()
 }
 
 /// How long an attempt may take. A stalled line is noticed quickly, a slow one gets more time with each attempt.
@@ -304,7 +389,7 @@ async fn complete(job: &Job<'_>, undo: &mut Undo, entry: usize, id: &str, sent: 
             }
         }
     };
-    undo.made(entry, Made::Object { version: real_version(version) });
+    undo.made(entry, Made::Object { key: job.target.key.clone(), version: real_version(version) });
     match checksum {
         Some(arrived) if arrived != whole => Err(damaged(job)),
         _ => Ok(()),
@@ -338,7 +423,7 @@ pub(super) async fn object(job: &Job<'_>) -> Result<Option<Object>, Failure> {
 }
 
 /// A bucket that keeps no versions has none, or one named `null`.
-fn real_version(version: Option<String>) -> Option<String> {
+pub(super) fn real_version(version: Option<String>) -> Option<String> {
     version.filter(|version| version != "null")
 }
 

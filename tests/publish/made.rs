@@ -4,7 +4,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use super::{NOTHING, Stage};
+use super::{NOTHING, ONE_IMAGE, Stage};
 use crate::support::tool;
 
 /// The parameters of the only call of an action, next to dry runs.
@@ -64,6 +64,13 @@ fn an_image_with_all_that_it_needs() {
     assert_eq!(published[0]["region"], "us-east-1");
     assert_eq!(published[0]["boot_mode"], "legacy-bios");
     assert!(stage.aws.requests("ec2:DescribeImages").len() >= 4, "it waited until the image was available");
+    assert_arrived(&stage);
+}
+
+/// The snapshot that was published last has the disk's bytes.
+#[track_caller]
+fn assert_arrived(stage: &Stage) {
+    let published = stage.remembered();
     let snapshot = published[0]["snapshot_id"].as_str().unwrap();
     let url = format!("{}/kiln-test/snapshots/{snapshot}", stage.aws.url());
     let [arrived, disk] = ["arrived", "out/web/disk.raw"].map(|name| stage.bench.path(name));
@@ -81,17 +88,23 @@ fn parts_are_sent_side_by_side_and_the_object_goes_when_it_is_imported() {
     let begin = |part: usize| parts[part]["time"].as_f64().unwrap();
     assert!(begin(3) - begin(0) < 2.0, "the first four are on their way before the first has arrived");
     assert!(begin(4) - begin(0) >= 2.0, "and no fifth");
+    let all = [parts, stage.aws.requests("s3:UploadPartCopy")].concat();
     let mut numbers: Vec<u64> =
-        parts.iter().map(|part| part["parameters"]["partNumber"].as_str().unwrap().parse().unwrap()).collect();
+        all.iter().map(|part| part["parameters"]["partNumber"].as_str().unwrap().parse().unwrap()).collect();
     numbers.sort_unstable();
-    assert_eq!(numbers, (1..=parts.len() as u64).collect::<Vec<_>>(), "each part once");
-    insta::assert_snapshot!(stage.aws.actions().join("\n"), @r"
+    assert_eq!(numbers, (1..=128).collect::<Vec<_>>(), "each part once");
+    let mut actions = stage.aws.actions();
+    actions.retain(|action| action != "s3:UploadPartCopy");
+    actions.dedup();
+    insta::assert_snapshot!(actions.join("\n"), @r"
     ec2:DescribeImages
     s3:HeadBucket
     ec2:ImportSnapshot
+    s3:PutObject
     s3:CreateMultipartUpload
     s3:UploadPart
     s3:CompleteMultipartUpload
+    s3:DeleteObject
     ec2:ImportSnapshot
     ec2:DescribeImportSnapshotTasks
     s3:DeleteObject
@@ -99,6 +112,50 @@ fn parts_are_sent_side_by_side_and_the_object_goes_when_it_is_imported() {
     ec2:RegisterImage
     ec2:DescribeImages
     ");
+}
+
+/// The bytes of the bodies that arrived.
+fn sent(stage: &Stage) -> u64 {
+    let bodies = [stage.aws.requests("s3:PutObject"), stage.aws.requests("s3:UploadPart")].concat();
+    bodies.iter().map(|call| call["bytes"].as_u64().unwrap_or(0)).sum()
+}
+
+#[test]
+fn zeros_are_copied_and_not_sent() {
+    let stage = Stage::new();
+    let part = 8 << 20;
+    let kiln = stage.aws.with(stage.bench.kiln(["--format", "json", "publish", "out/web"]));
+    let ran = kiln.run();
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    let copies = stage.aws.requests("s3:UploadPartCopy").len() as u64;
+    assert!((100..128).contains(&copies), "{copies}");
+    assert_eq!(sent(&stage), (128 - copies) * part + part, "the other parts, and one of zeros");
+    let events = ran.events();
+    let upload: Vec<_> = events.iter().filter(|event| event["phase"] == "upload").collect();
+    let progress: Vec<_> = upload.iter().filter(|event| event["event"] == "progress").collect();
+    assert!(progress.iter().all(|event| event["total"] == (128 - copies) * part), "{progress:?}");
+    assert_eq!(progress.last().unwrap()["done"], (128 - copies) * part);
+    let words = format!("{} parts, each with its SHA-256, and {copies} of zeros that were not sent", 128 - copies);
+    assert_eq!(upload.last().unwrap()["detail"], words);
+    assert_eq!(stage.aws.resources(), ONE_IMAGE, "the zeros' object is gone as well");
+    assert_arrived(&stage);
+}
+
+/// An endpoint that can't copy, a permission that is missing, a line that fails: the disk is the same.
+#[test]
+fn where_zeros_can_not_be_copied_they_are_sent() {
+    let stage = Stage::new();
+    stage.aws.fault(&json!({ "action": "s3:UploadPartCopy", "error": "SlowDown", "count": 3 }));
+    stage.aws.fault(&json!({ "action": "s3:UploadPartCopy", "error": "AccessDenied", "skip": 40 }));
+    let kiln = stage.aws.with(stage.bench.kiln(["-v", "publish", "out/web"]));
+    let ran = kiln.run();
+    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
+    let told = ran.stderr.matches("zeros can't be copied inside S3 and are sent: AccessDenied").count();
+    assert_eq!(told, 1, "{}", ran.stderr);
+    assert!(ran.stderr.contains("is copied again (1 of 6 failed): SlowDown"), "{}", ran.stderr);
+    assert!(sent(&stage) > 700 << 20, "{}", sent(&stage));
+    assert_eq!(stage.aws.resources(), ONE_IMAGE);
+    assert_arrived(&stage);
 }
 
 #[test]

@@ -7,7 +7,7 @@ mod places;
 mod refused;
 mod stopped;
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use serde_json::{Value, json};
 
@@ -40,7 +40,14 @@ impl Stage {
     /// Of a recipe with these tables.
     fn of(recipe: &str) -> Self {
         let bench = Bench::empty();
-        write_base(&bench.path("base.raw"), Base::Mbr);
+        let base = bench.path("base.raw");
+        write_base(&base, Base::Mbr);
+        // Enough data for several parts. Behind the base's partition, where it takes mke2fs no time.
+        let base = std::fs::File::options().write(true).open(base).unwrap();
+        let (end, piece) = (base.metadata().unwrap().len(), [b'd'; 1 << 16]);
+        for at in (0..40 << 20).step_by(piece.len()) {
+            base.write_all_at(&piece, end + at).unwrap();
+        }
         bench.recipe(recipe);
         bench.build(&json!({})).run().succeeded();
         let disk = stamp(&bench);

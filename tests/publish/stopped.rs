@@ -31,8 +31,13 @@ fn assert_taken_back(said: &str) {
     assert!(said.ends_with(end), "{said}");
 }
 
-const MAKING: [&str; 4] =
-    ["s3:CreateMultipartUpload", "s3:CompleteMultipartUpload", "ec2:ImportSnapshot", "ec2:RegisterImage"];
+const MAKING: [&str; 5] = [
+    "s3:PutObject",
+    "s3:CreateMultipartUpload",
+    "s3:CompleteMultipartUpload",
+    "ec2:ImportSnapshot",
+    "ec2:RegisterImage",
+];
 
 #[test]
 fn ctrl_c_while_something_is_made() {
@@ -66,7 +71,7 @@ fn ctrl_c_while_something_is_awaited() {
     let stage = Stage::new();
     let delay = || json!({ "delay": 1.5 });
     assert_eq!(stop_at(&stage, "s3:HeadBucket", delay(), Signal::INT), "error: stopped by Ctrl-C\n");
-    for action in ["s3:UploadPart", "ec2:DescribeImportSnapshotTasks", "ec2:CreateTags"] {
+    for action in ["s3:UploadPart", "s3:UploadPartCopy", "ec2:DescribeImportSnapshotTasks", "ec2:CreateTags"] {
         assert_taken_back(&stop_at(&stage, action, delay(), Signal::INT));
     }
     let said = stop_at(&stage, "s3:UploadPart", delay(), Signal::TERM);
