@@ -42,9 +42,9 @@
 //! - Every wait for a guest also sees QEMU's death, a kernel's panic, a full host disk, a deadline and the user's
 //!   signal: they all arrive on one channel (`vm::process`).
 //! - What exists under its own name is whole: bases and output folders are written under another name and renamed.
-//! - Bases and layers are on the host's disk before they have their names. Output is not waited for, which would take
-//!   longer than a small build: after a restart of the host a build compares it with its block map before it says that
-//!   there is nothing to do, and a publish compares whatever disk it doesn't know to be the one that was built.
+//! - The disks and memories of bases and layers are on the host's disk before they have their names. Output is not waited
+//!   for, which would take longer than a small build: a publish waits until the disk is there, and unless the disk is known
+//!   to be what this boot of the host has built, a build that has nothing to do and a publish compare it with its block map.
 //! - A file counts as unchanged only while its device, inode, size, mtime and ctime do; `--verify` reads bases and output
 //!   again all the same.
 //! - A scratch or half-made folder holds a lock for as long as its kiln lives; the next kiln removes what nobody holds.

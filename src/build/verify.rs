@@ -12,7 +12,7 @@ use crate::disk::{self, Image};
 use crate::error::{Error, Exit};
 use crate::event::Events;
 use crate::recipe::{self, Recipe};
-use crate::store::{self, DiskState, Store};
+use crate::store::{self, Store};
 
 /// Reads the base image and the base in the cache again. Steps' own inputs are read whole in every build.
 pub(super) fn base(recipe: &Recipe, store: &Store, events: &Events, cancel: &Cancel) -> Result<(), Error> {
@@ -45,24 +45,21 @@ pub(super) fn look_over(
     cancel: &Cancel,
 ) -> Result<Option<Artifact>, Error> {
     let Artifact { folder, manifest } = &artifact;
-    let unsure = store.look_at_disk(&folder.join(DISK), &manifest.digest) != DiskState::Same;
-    if request.verify || unsure {
-        if let Some(why) = damage(folder, manifest, events, cancel)? {
-            events.warn(format!("`{}` is not what was built and is built again: {why}", folder.display()));
-            return Ok(None);
-        }
-        if unsure {
-            store.know_disk(&folder.join(DISK), &manifest.digest);
-        }
+    if (request.verify || !store.knows_disk(&folder.join(DISK), &manifest.digest))
+        && let Some(why) = damage(folder, manifest, Some(store), events, cancel)?
+    {
+        events.warn(format!("`{}` is not what was built and is built again: {why}", folder.display()));
+        return Ok(None);
     }
     if wants_sum(recipe, request) && (artifact.manifest.sha256.is_none() || request.verify) {
-        return add_sum(artifact, request, store, events, cancel);
+        return add_sum(artifact, request, events, cancel);
     }
     Ok(Some(artifact))
 }
 
 /// Compares the disk of an output folder with its block map, unless this host has built it since it was last started and
-/// nobody has changed it, which `store` knows: what is made of the disk carries its digest.
+/// nobody has changed it, which `store` knows; and waits until the host's disk has it. What is made of the disk carries
+/// its digest.
 ///
 /// # Errors
 /// When it is not what was built, or can't be read.
@@ -73,49 +70,61 @@ pub fn check_disk(
     events: &Events,
     cancel: &Cancel,
 ) -> Result<(), Error> {
-    if store.is_some_and(|store| store.look_at_disk(&folder.join(DISK), &manifest.digest) == DiskState::Same) {
+    let disk = folder.join(DISK);
+    let shown = disk.display();
+    // What could not be written is told to whoever asks first, and reads as something else from then on.
+    File::open(&disk).and_then(|file| file.sync_all()).map_err(|error| {
+        Error::new(Exit::Input, format!("cannot rely on `{shown}`: {error}")).help("build it again")
+    })?;
+    if store.is_some_and(|store| store.knows_disk(&disk, &manifest.digest)) {
         return Ok(());
     }
-    let Some(why) = damage(folder, manifest, events, cancel)? else { return Ok(()) };
-    Err(Error::new(Exit::Input, format!("the disk of `{}` is not what was built: {why}", folder.display()))
-        .help("build it again"))
+    let Some(why) = damage(folder, manifest, store, events, cancel)? else { return Ok(()) };
+    Err(Error::new(Exit::Input, format!("`{shown}` is not known to be what was built: {why}")).help("build it again"))
 }
 
-/// How the disk differs from its block map; none: it doesn't.
-fn damage(folder: &Path, manifest: &Manifest, events: &Events, cancel: &Cancel) -> Result<Option<String>, Error> {
+/// How the disk differs from its block map, or why that can't be told; none: it doesn't, and that is noted.
+fn damage(
+    folder: &Path,
+    manifest: &Manifest,
+    store: Option<&Store>,
+    events: &Events,
+    cancel: &Cancel,
+) -> Result<Option<String>, Error> {
     let outcome = |damage: &Option<String>| match damage {
         None => format!("{DISK} is what was built"),
         Some(_) => format!("{DISK} is damaged"),
     };
-    events.phase("verify", format!("reading {} again", folder.join(DISK).display()), outcome, || {
+    let disk = folder.join(DISK);
+    let before = File::open(&disk).and_then(|file| Ok((store::Identity::of(&file)?, file))).ok();
+    let read = || -> Result<Option<String>, Error> {
         let compared = store::pass("verify", events, cancel, |work| {
-            let digest = Some(manifest.digest.as_str());
-            store::differences(&folder.join(DISK), &folder.join(output::BLOCKS), digest, work)
+            store::differences(&disk, &folder.join(output::BLOCKS), Some(manifest.digest.as_str()), work)
         })?;
         Ok(compared.unwrap_or_else(|error| Some(disk_failure(error).message)))
-    })
+    };
+    let damage = events.phase("verify", format!("reading {} again", disk.display()), outcome, read)?;
+    if let (None, Some(store), Some((before, file))) = (&damage, store, before) {
+        store.know_read_disk(&file, &before, &manifest.digest);
+    }
+    Ok(damage)
 }
 
 /// Computes the sum of the disk that is there and adds it to its manifest.
 ///
 /// All of it goes through a handle of the folder: if another kiln puts a new one in its place meanwhile, that gets no
 /// sum of another disk.
-fn add_sum(
-    artifact: Artifact,
-    request: &Request,
-    store: &Store,
-    events: &Events,
-    cancel: &Cancel,
-) -> Result<Option<Artifact>, Error> {
+fn add_sum(artifact: Artifact, request: &Request, events: &Events, cancel: &Cancel) -> Result<Option<Artifact>, Error> {
     let Artifact { folder, manifest: seen } = artifact;
     let failed = |error: std::io::Error| Error::io(format!("cannot read `{}`", folder.display()), &error);
     let handle = File::open(&folder).map_err(failed)?;
     let here = PathBuf::from(format!("/proc/self/fd/{}", handle.as_raw_fd()));
     let manifest = Manifest::read(&here)?;
-    let disk = File::open(here.join(DISK)).map_err(failed)?;
-    let image = Image::new(Arc::new(disk), &folder.join(DISK)).map_err(disk_failure)?;
+    let disk = Arc::new(File::open(here.join(DISK)).map_err(failed)?);
+    let before = store::Identity::of(&disk).map_err(failed)?;
+    let image = Image::new(Arc::<File>::clone(&disk), &folder.join(DISK)).map_err(disk_failure)?;
     let sha256 = sum(&image, events, cancel)?;
-    if store.look_at_disk(&here.join(DISK), &manifest.digest) != DiskState::Same {
+    if manifest.digest != seen.digest || store::Identity::of(&disk).map_err(failed)? != before {
         return Ok(None);
     }
     if manifest.sha256.as_ref().is_some_and(|old| *old != sha256) {

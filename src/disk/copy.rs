@@ -64,13 +64,13 @@ pub fn export(image: &Image, out: &Path, work: &Work) -> Result<Exported, Error>
 /// Sees to it that what was written has room where it was written to.
 ///
 /// Linux's own disk filesystems find that room when they take the bytes, and say so; others, such as network ones, tell
-/// of it only when they are asked to write them out. It is no promise that the bytes outlast a power cut: whoever relies
-/// on them after one reads them again. Waiting for the disk would take longer than everything else of a small build.
+/// of it only when they are asked to write them out. It is no promise that the bytes reach the disk: a publish waits for
+/// that, and whoever relies on them after a power cut reads them again. Waiting for the disk would take longer than everything else of a small build.
 ///
 /// # Errors
 /// What the filesystem says only now.
 pub(crate) fn confirm(file: &File) -> io::Result<()> {
-    // linux/magic.h: ext2 to ext4, XFS, Btrfs, tmpfs, and overlayfs, whose upper layer is one of them.
+    // linux/magic.h: ext2 to ext4, XFS, Btrfs, tmpfs, and overlayfs, whose upper layer is hardly ever another.
     const FIND_ROOM_AT_ONCE: [u64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0x794c_7630];
     let kind = rustix::fs::fstatfs(file)?.f_type;
     if u64::try_from(kind).is_ok_and(|kind| FIND_ROOM_AT_ONCE.contains(&kind)) { Ok(()) } else { file.sync_all() }

@@ -186,7 +186,7 @@ impl Layout {
         self.l2_at() + self.l2.len() as u64 * CLUSTER
     }
 
-    /// Writes the file, its header last: a file that is cut off is no overlay.
+    /// Writes the file, its header last: what a killed kiln has half written is no overlay.
     fn write(&self, file: &File, backing: Backing<'_>, clusters: &BTreeMap<u64, Vec<u8>>) -> std::io::Result<()> {
         file.set_len(self.total * CLUSTER)?;
         file.write_all_at(&numbers((0..self.block_clusters).map(|i| self.blocks_at() + i * CLUSTER)), CLUSTER)?;

@@ -43,7 +43,7 @@ impl Draft {
         let image = if overlay { Image::overlay(behind)? } else { Image::raw(behind)? };
         let file = create(out, size)?;
         let exported = copy::pass(&image, Some((&file, out)), known, work)?;
-        // Now, while there is time: what is left for the end is then little as well.
+        // Where that takes time, most of it is spent now, while the guest works.
         confirm(&file).map_err(|source| Error::write(out, source))?;
         let uneven =
             (image.size() < size && !image.size().is_multiple_of(BLOCK)).then_some(image.size() / BLOCK * BLOCK);

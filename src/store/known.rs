@@ -22,7 +22,7 @@ const SETTLED: Duration = Duration::from_secs(2);
 
 /// What tells that a file is still the one that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Identity {
+pub struct Identity {
     device: u64,
     inode: u64,
     size: u64,
@@ -35,7 +35,7 @@ impl Identity {
     ///
     /// # Errors
     /// When it can't be looked at.
-    pub(super) fn of(file: &File) -> io::Result<Self> {
+    pub fn of(file: &File) -> io::Result<Self> {
         Ok(Self::from(&file.metadata()?))
     }
 
@@ -76,18 +76,6 @@ struct KnownDisk {
     boot: Option<String>,
 }
 
-/// What is known of a disk that was built.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum DiskState {
-    /// Nobody has changed it.
-    Same,
-    /// Nobody has changed it, but the host was started again since: if by a power cut, some of it may never have
-    /// reached the host's disk.
-    Unsure,
-    /// Another kiln made it, or it was copied, or changed.
-    Unknown,
-}
-
 /// A file's digests in lowercase hex.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Digests {
@@ -114,27 +102,42 @@ impl Store {
         let _ = self.write_json(&self.known_path(before), &known);
     }
 
-    /// Notes the digest of a disk that kiln itself has just written whole, or compared with its block map.
+    /// Notes the digest of a disk that kiln itself has just written whole.
     pub fn know_disk(&self, disk: &Path, digest: &str) {
         if let Ok(identity) = File::open(disk).and_then(|file| Identity::of(&file)) {
-            let known = KnownDisk { digest: digest.to_owned(), boot: exec::boot_id(), identity };
-            let _ = self.write_json(&self.known_disk_path(&known.identity), &known);
+            self.note_disk(identity, digest);
         }
     }
 
-    /// Whether the disk is still the one whose digest was noted.
+    /// Notes the digest of a disk that was read whole; `before` is what it was when that began.
+    pub fn know_read_disk(&self, disk: &File, before: &Identity, digest: &str) {
+        if before.is_settled() && Identity::of(disk).ok().as_ref() == Some(before) {
+            self.note_disk(before.clone(), digest);
+        }
+    }
+
+    /// A note that can't be kept is no failure.
+    fn note_disk(&self, identity: Identity, digest: &str) {
+        let known = KnownDisk { digest: digest.to_owned(), boot: exec::boot_id(), identity };
+        let _ = self.write_json(&self.known_disk_path(&known.identity), &known);
+    }
+
+    /// Whether the disk is the one whose digest was noted. If not it must be read to know: another kiln made it, or it was
+    /// copied, or changed, or the host was started again since. If that was after a power cut, some of it may never have
+    /// reached the host's disk.
     #[must_use]
-    pub fn look_at_disk(&self, disk: &Path, digest: &str) -> DiskState {
+    pub fn knows_disk(&self, disk: &Path, digest: &str) -> bool {
         let read = || -> io::Result<(Identity, KnownDisk)> {
             let identity = Identity::of(&File::open(disk)?)?;
             let known = serde_json::from_slice(&std::fs::read(self.known_disk_path(&identity))?)?;
             Ok((identity, known))
         };
         match read() {
-            Ok((identity, known)) if known.identity == identity && known.digest == digest => {
-                if known.boot == exec::boot_id() && known.boot.is_some() { DiskState::Same } else { DiskState::Unsure }
+            Ok((identity, known)) => {
+                let same = known.identity == identity && known.digest == digest;
+                same && known.boot.is_some() && known.boot == exec::boot_id()
             }
-            _ => DiskState::Unknown,
+            Err(_) => false,
         }
     }
 
@@ -202,10 +205,9 @@ mod tests {
         let store = Store::open(&folder.path().join("store")).unwrap();
         let path = folder.path().join("disk.raw");
         std::fs::write(&path, "one").unwrap();
-        assert_eq!(store.look_at_disk(&path, "ab"), DiskState::Unknown);
+        assert!(!store.knows_disk(&path, "ab"));
         store.know_disk(&path, "ab");
-        assert_eq!(store.look_at_disk(&path, "ab"), DiskState::Same);
-        assert_eq!(store.look_at_disk(&path, "cd"), DiskState::Unknown);
+        assert!(store.knows_disk(&path, "ab") && !store.knows_disk(&path, "cd"));
         let file = File::open(&path).unwrap();
         assert_eq!(store.known(&file), None, "a disk's digest is no SHA-256 of its file");
 
@@ -213,11 +215,16 @@ mod tests {
         for boot in [None, Some("an earlier one".to_owned())] {
             let known = KnownDisk { identity: identity.clone(), digest: "ab".to_owned(), boot };
             store.write_json(&store.known_disk_path(&identity), &known).unwrap();
-            assert_eq!(store.look_at_disk(&path, "ab"), DiskState::Unsure);
+            assert!(!store.knows_disk(&path, "ab"));
         }
+        // One that was read is noted if it was left alone meanwhile, and long enough before.
+        store.know_read_disk(&file, &identity, "ab");
+        assert!(!store.knows_disk(&path, "ab"), "too fresh");
         store.know_disk(&path, "ab");
         std::fs::write(&path, "two").unwrap();
         File::options().write(true).open(&path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
-        assert_eq!(store.look_at_disk(&path, "ab"), DiskState::Unknown);
+        assert!(!store.knows_disk(&path, "ab"));
+        store.know_read_disk(&file, &Identity { changed: (0, 0), modified: (0, 0), ..identity }, "ab");
+        assert!(!store.knows_disk(&path, "ab"), "it was changed meanwhile");
     }
 }

@@ -30,7 +30,7 @@ use crate::error::Error;
 
 pub use base::Imported;
 pub use gc::{Entry, Kind, Limits};
-pub use known::DiskState;
+pub use known::Identity;
 pub(crate) use layer::same_file;
 pub use layer::{CLAIM_LOOK, Claim, DISK as LAYER_DISK, Layer, Lookup, Pending, Record};
 pub use transfer::Transferred;
