@@ -77,6 +77,8 @@ fn request(manifest: &Manifest, arguments: &Publish, events: &Events) -> Result<
         digest: manifest.digest.clone(),
         name: manifest.name.clone(),
         image_name: image_name(template, manifest)?,
+        name_varies: name_parts(template)
+            .is_ok_and(|parts| parts.iter().any(|part| matches!(part, NamePart::Date | NamePart::Time))),
         description: description(manifest, events),
         arch: if manifest.arch == "aarch64" { Architecture::Arm64 } else { Architecture::X86_64 },
         region: region(manifest, arguments)?,

@@ -128,6 +128,11 @@ impl Failure {
         }
     }
 
+    /// An answer that is of no use, and would be none another time.
+    pub(super) fn useless(call: &'static str, message: &str) -> Self {
+        Self { kind: Kind::Refused, ..Self::found(call, message.to_owned()) }
+    }
+
     /// An answer that doesn't have the thing that was asked about.
     pub(super) fn absent(call: &'static str) -> Self {
         Self { kind: Kind::Refused, code: "NotFound".to_owned(), ..Self::found(call, "AWS doesn't know it".to_owned()) }

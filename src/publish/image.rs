@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use aws_sdk_ec2::types::{
     ArchitectureValues, BlockDeviceMapping, BootModeValues, EbsBlockDevice, Filter, Image, ImageState,
-    ImdsSupportValues, ResourceType, TagSpecification,
+    ImdsSupportValues, ResourceType, Tag, TagSpecification,
 };
 use tokio::time::Instant;
 
@@ -73,14 +73,13 @@ pub(super) async fn of_name(job: &Job<'_>) -> Result<Vec<Image>, Failure> {
 
 /// The image among `images` that was made from `snapshot`.
 pub(super) fn own(images: &[Image], snapshot: &str) -> Option<String> {
-    let from_it = |image: &&Image| {
-        image
-            .block_device_mappings()
-            .iter()
-            .filter_map(BlockDeviceMapping::ebs)
-            .any(|volume| volume.snapshot_id() == Some(snapshot))
-    };
+    let from_it = |image: &&Image| snapshots(image).any(|id| id == snapshot);
     images.iter().find(from_it).and_then(Image::image_id).map(str::to_owned)
+}
+
+/// The snapshots that an image is made from.
+pub(super) fn snapshots(image: &Image) -> impl Iterator<Item = &str> {
+    image.block_device_mappings().iter().filter_map(|mapping| mapping.ebs()?.snapshot_id())
 }
 
 async fn send(job: &Job<'_>, snapshot: &str, attempt: Try) -> Result<String, Failure> {
@@ -97,7 +96,12 @@ async fn send(job: &Job<'_>, snapshot: &str, attempt: Try) -> Result<String, Fai
         .volume_size(i32::try_from(request.size).unwrap_or(i32::MAX))
         .delete_on_termination(true)
         .build();
-    let tags = TagSpecification::builder().resource_type(ResourceType::Image).set_tags(Some(import::tags(job))).build();
+    let settings = Tag::builder().key(rules::SETTINGS_TAG).value(rules::settings(request)).build();
+    let tags = TagSpecification::builder()
+        .resource_type(ResourceType::Image)
+        .set_tags(Some(import::tags(job)))
+        .tags(settings)
+        .build();
     let call = job
         .clients
         .ec2
@@ -133,7 +137,7 @@ fn boot_mode(mode: BootMode) -> BootModeValues {
     }
 }
 
-async fn until_available(job: &Job<'_>, id: &str) -> Result<(), Error> {
+pub(super) async fn until_available(job: &Job<'_>, id: &str) -> Result<(), Error> {
     let what = format!("image {id} to be available");
     loop {
         let answer = import::retry_not_found(job, &what, || async {

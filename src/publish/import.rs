@@ -78,6 +78,18 @@ pub(super) async fn import(job: &Job<'_>, undo: &mut Undo) -> Result<String, Err
     }
 }
 
+/// Waits for an import that another run has begun, and ended before it could use the snapshot.
+pub(super) async fn adopt(job: &Job<'_>, task: &str) -> Result<String, Error> {
+    let goes_on = |error: Error| error.with_note(format!("import task {task} was there before, and is left as it is"));
+    match follow(job, task).await.map_err(goes_on)? {
+        Ok(snapshot) => {
+            tag_snapshot(job, &snapshot).await.map_err(goes_on)?;
+            Ok(snapshot)
+        }
+        Err(message) => Err(import_failed(job, task, &message)),
+    }
+}
+
 /// Tags the snapshot; the import could tag only its task.
 pub(super) async fn tag_snapshot(job: &Job<'_>, snapshot: &str) -> Result<(), Error> {
     let tags = tags(job);
@@ -190,6 +202,20 @@ fn show(job: &Job<'_>, what: &str, state: State, shown: &mut Option<State>) {
     *shown = Some(state);
 }
 
+/// All import tasks of the account in the region.
+pub(super) async fn all(job: &Job<'_>) -> Result<Vec<ImportSnapshotTask>, Failure> {
+    let (mut all, mut next) = (Vec::new(), None);
+    loop {
+        let call = job.clients.ec2.describe_import_snapshot_tasks().set_next_token(next);
+        let answer = call.send().await.map_err(job.clients.failed("ec2:DescribeImportSnapshotTasks"))?;
+        next = answer.next_token().filter(|token| !token.is_empty()).map(str::to_owned);
+        all.extend(answer.import_snapshot_tasks.unwrap_or_default());
+        if next.is_none() {
+            return Ok(all);
+        }
+    }
+}
+
 /// What the task has come to; `None` if AWS doesn't know it.
 pub(super) async fn look(job: &Job<'_>, task: &str) -> Result<Option<State>, Failure> {
     let call = job.clients.ec2.describe_import_snapshot_tasks().import_task_ids(task);
@@ -200,7 +226,7 @@ pub(super) async fn look(job: &Job<'_>, task: &str) -> Result<Option<State>, Fai
     }
 }
 
-fn judge_task(task: &ImportSnapshotTask) -> State {
+pub(super) fn judge_task(task: &ImportSnapshotTask) -> State {
     task.snapshot_task_detail().map_or_else(|| State::Working { progress: 0, message: String::new() }, judge)
 }
 

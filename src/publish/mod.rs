@@ -1,11 +1,12 @@
 //! A disk becomes an image: S3, then `ImportSnapshot`, then `RegisterImage`. The only async code of kiln.
 //!
 //! [`publish`] reads top to bottom: what is asked for is checked without a request (`rules`), then by requests that
-//! only read (`preflight`), and only then is anything made. What is made is written into `undo::Undo` *before* the
+//! only read (`preflight`), which also tell what an earlier publish has left (`found`), and only then is anything made. What is made is written into `undo::Undo` *before* the
 //! request is sent, so that a failure, a signal or a lost answer at any point finds it again and takes it back.
 
 mod client;
 mod failure;
+mod found;
 mod image;
 mod import;
 mod parts;
@@ -30,6 +31,7 @@ use crate::error::Error;
 use crate::event::{Event, Events};
 use client::Clients;
 use failure::Failure;
+use found::Found;
 use stop::Stop;
 use undo::Undo;
 
@@ -72,6 +74,8 @@ pub struct Request {
     pub name: String,
     /// The image's name, placeholders filled in.
     pub image_name: String,
+    /// The name has the time in it, so that every publish would have another.
+    pub name_varies: bool,
     /// Words about the image; may be empty.
     pub description: String,
     /// What its instances run on.
@@ -177,25 +181,47 @@ async fn publish_or_undo(request: &Request, events: &Events, cancel: &Cancel) ->
     let clients = stop.or("the AWS configuration", Box::pin(Clients::load(request.region.as_deref()))).await??;
     let target = rules::target(request, clients.region(), format!("{:016x}", retry::random()))?;
     let job = Job { request, target, clients: Arc::new(clients), events, stop };
-    job.phase("check", preflight::begins(&job), |()| String::new(), Box::pin(preflight::check(&job))).await?;
+    let check = Box::pin(preflight::check(&job));
+    let found = job.phase("check", preflight::begins(&job), |_| String::new(), check).await?;
     if request.dry_run {
-        preflight::explain(&job)?;
+        preflight::explain(&job, &found)?;
         return Ok(job.published(String::new(), String::new()));
     }
+    if let Found::Image { id, name, snapshot } = found {
+        events.note(format!("image {id} has this disk already"));
+        image::until_available(&job, &id).await?;
+        return Ok(Published { image_name: name, ..job.published(id, snapshot) });
+    }
     let mut undo = Undo::default();
-    match steps(&job, &mut undo).await {
+    match steps(&job, found, &mut undo).await {
         Ok(published) => Ok(published),
         Err(error) => Err(undo.run(&job, error).await),
     }
 }
 
-async fn steps(job: &Job<'_>, undo: &mut Undo) -> Result<Published, Error> {
-    let work = Box::pin(upload::upload(job, undo));
-    job.phase("upload", upload::begins(job), upload::in_words, work).await?;
-    let work = Box::pin(import::import(job, undo));
-    let snapshot = job.phase("import", import::begins(job), String::clone, work).await?;
-    upload::delete(job, undo).await;
-    import::tag_snapshot(job, &snapshot).await?;
+async fn steps(job: &Job<'_>, found: Found, undo: &mut Undo) -> Result<Published, Error> {
+    let snapshot = match found {
+        Found::Snapshot { id } => {
+            job.events.note(format!("snapshot {id} has this disk already"));
+            id
+        }
+        Found::Task { id, key } => {
+            job.events.note(format!("import task {id} imports this disk already"));
+            let work = Box::pin(import::adopt(job, &id));
+            let snapshot = job.phase("import", format!("import task {id}"), String::clone, work).await?;
+            upload::delete_left(job, key).await;
+            snapshot
+        }
+        Found::Nothing | Found::Image { .. } => {
+            let work = Box::pin(upload::upload(job, undo));
+            job.phase("upload", upload::begins(job), upload::in_words, work).await?;
+            let work = Box::pin(import::import(job, undo));
+            let snapshot = job.phase("import", import::begins(job), String::clone, work).await?;
+            upload::delete(job, undo).await;
+            import::tag_snapshot(job, &snapshot).await?;
+            snapshot
+        }
+    };
     let work = Box::pin(image::register(job, &snapshot, undo));
     let image = job.phase("register", image::begins(job), String::clone, work).await?;
     Ok(job.published(image, snapshot))

@@ -56,7 +56,12 @@ impl Parts {
 
     /// The holes that are as long as all parts but the last, which may be shorter: copies of one another.
     pub(super) fn holes(&self) -> impl Iterator<Item = Part> {
-        self.all.iter().copied().filter(|part| part.hole && part.length == self.size)
+        self.all.iter().copied().filter(|part| self.is_copyable(*part))
+    }
+
+    /// Whether `part` is one of [`holes`](Self::holes).
+    pub(super) fn is_copyable(&self, part: Part) -> bool {
+        part.hole && part.length == self.size
     }
 
     /// The digest of `part`. A hole is not read.

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::failure::{self, Failure, Kind};
+use super::found::{self, Found};
 use super::{Job, image, import, upload};
 use crate::error::{Error, Exit};
 use crate::event::Event;
@@ -13,22 +14,34 @@ pub(super) fn begins(job: &Job<'_>) -> String {
     format!("credentials, the name `{}` and the bucket `{}` in {}", target.image_name, target.bucket, target.region)
 }
 
-/// The disk is as announced, the credentials work, the image's name is free, the bucket is in the region, and the caller
-/// may import from it.
-pub(super) async fn check(job: &Job<'_>) -> Result<(), Error> {
+/// The disk is as announced, the credentials work, and unless an earlier publish has made it already, the image's name is
+/// free, the bucket is in the region, and the caller may import from it.
+pub(super) async fn check(job: &Job<'_>) -> Result<Found, Error> {
     disk(&job.request.disk, job.request.size)?;
-    name_is_free(job).await?;
-    bucket_is_near(job).await?;
-    import::permitted(job).await
+    let found = Box::pin(found::look(job)).await?;
+    if !matches!(found, Found::Image { .. }) {
+        name_is_free(job).await?;
+    }
+    if found == Found::Nothing {
+        bucket_is_near(job).await?;
+        import::permitted(job).await?;
+    }
+    Ok(found)
 }
 
 /// Says what would be done.
-pub(super) fn explain(job: &Job<'_>) -> Result<(), Error> {
+pub(super) fn explain(job: &Job<'_>, found: &Found) -> Result<(), Error> {
     let would = |what: String| job.events.emit(Event::Note { message: format!("would {what}") });
-    would(upload::plan_in_words(job)?);
-    would(import::plan_in_words(job));
-    would(format!("delete s3://{}/{}", job.target.bucket, job.target.key));
-    would(image::plan_in_words(job));
+    if let Some(words) = found::in_words(found) {
+        would(words);
+    } else {
+        would(upload::plan_in_words(job)?);
+        would(import::plan_in_words(job));
+        would(format!("delete s3://{0}/{1} and s3://{0}/{1}.zeros", job.target.bucket, job.target.key));
+    }
+    if !matches!(found, Found::Image { .. }) {
+        would(image::plan_in_words(job));
+    }
     Ok(())
 }
 

@@ -1,9 +1,16 @@
 //! AWS's rules about what a request may say, checked before the first byte is sent. Pure.
 
+use sha2::{Digest as _, Sha256};
+
 use super::{Architecture, BootMode, DEFAULT_ROLE, Request, Target};
 use crate::error::{Error, Exit};
 use crate::recipe::aws::{self, Refusal};
+use crate::units::hex;
 
+/// The tag with the disk's digest.
+pub(super) const DIGEST_TAG: &str = "kiln:digest";
+/// The tag that images have alike which are alike but for their names.
+pub(super) const SETTINGS_TAG: &str = "kiln:settings";
 /// In GiB. S3 takes 10,000 parts of 5 GiB in an object, which is less than the largest volume.
 const LARGEST: u64 = 50_000;
 
@@ -38,7 +45,8 @@ pub(super) fn target(request: &Request, region: &str, run: String) -> Result<Tar
     })?;
     Ok(Target {
         region: region.to_owned(),
-        key: key(&request.prefix, &request.name, &request.digest, &run),
+        // The same for no two runs: what is found under it after a failure is this run's, and nobody else's is overwritten.
+        key: format!("{}{run}.raw", key_stem(request)),
         bucket: bucket.to_owned(),
         role: request.role.clone().unwrap_or_else(|| DEFAULT_ROLE.to_owned()),
         image_name: request.image_name.clone(),
@@ -71,17 +79,25 @@ pub(super) fn boot_mode(request: &Request) -> BootMode {
 pub(super) fn tag_pairs(request: &Request) -> Vec<(String, String)> {
     let mut pairs = request.tags.clone();
     pairs.entry("Name".to_owned()).or_insert_with(|| request.image_name.clone());
-    pairs.insert("kiln:digest".to_owned(), request.digest.clone());
+    pairs.insert(DIGEST_TAG.to_owned(), request.digest.clone());
     pairs.insert("kiln:name".to_owned(), request.name.clone());
     pairs.into_iter().collect()
 }
 
-/// The same for no two runs: what is found under it after a failure is this run's, and nobody else's is overwritten.
-fn key(prefix: &str, name: &str, digest: &str, run: &str) -> String {
-    let short: String = digest.chars().take(16).collect();
-    match prefix.trim_matches('/') {
-        "" => format!("{name}-{short}-{run}.raw"),
-        prefix => format!("{prefix}/{name}-{short}-{run}.raw"),
+/// Everything that an image is registered with but its name, in 16 hexadecimal digits.
+pub(super) fn settings(request: &Request) -> String {
+    let Request { digest, name, description, arch, size, imds_v2, root_device, volume_type, tags, .. } = request;
+    let mode = boot_mode(request);
+    let all = serde_json::json!([digest, name, description, arch, size, mode, imds_v2, root_device, volume_type, tags]);
+    hex(&Sha256::digest(all.to_string()))[..16].to_owned()
+}
+
+/// What the keys of all objects begin with that are made of this disk.
+pub(super) fn key_stem(request: &Request) -> String {
+    let short: String = request.digest.chars().take(16).collect();
+    match request.prefix.trim_matches('/') {
+        "" => format!("{}-{short}-", request.name),
+        prefix => format!("{prefix}/{}-{short}-", request.name),
     }
 }
 
@@ -121,6 +137,7 @@ mod tests {
             digest: "0123456789abcdef0123456789abcdef".to_owned(),
             name: "web".to_owned(),
             image_name: "web-2026".to_owned(),
+            name_varies: false,
             description: String::new(),
             arch: Architecture::X86_64,
             region: None,
@@ -191,11 +208,39 @@ mod tests {
     }
 
     #[test]
+    fn images_that_differ_in_more_than_their_name_have_other_settings() {
+        let settings = |change: &dyn Fn(&mut Request)| {
+            let mut request = request();
+            change(&mut request);
+            settings(&request)
+        };
+        let same = settings(&|_| ());
+        assert_eq!(same.len(), 16);
+        assert_eq!(settings(&|r| (r.image_name, r.name_varies, r.parallel) = ("other".to_owned(), true, 9)), same);
+        let changes: [&dyn Fn(&mut Request); 9] = [
+            &|r| r.digest.push('0'),
+            &|r| r.name.push('2'),
+            &|r| r.description.push('x'),
+            &|r| r.arch = Architecture::Arm64,
+            &|r| r.boot_mode = BootMode::Uefi,
+            &|r| r.imds_v2 = false,
+            &|r| r.root_device.push('1'),
+            &|r| "gp2".clone_into(&mut r.volume_type),
+            &|r| drop(r.tags.insert("team".to_owned(), "web".to_owned())),
+        ];
+        let mut all: Vec<_> = changes.iter().map(|change| settings(change)).chain([same]).collect();
+        all.sort();
+        all.dedup();
+        assert_eq!(all.len(), 10);
+    }
+
+    #[test]
     fn the_key_has_prefix_name_the_digests_start_and_the_run() {
         let target = target(&request(), "eu-west-1", "r".to_owned()).unwrap();
         assert_eq!(target.key, "kiln/web-0123456789abcdef-r.raw");
-        assert_eq!(key("", "web", "ab", "r"), "web-ab-r.raw");
-        assert_eq!(key("/a/b//", "web", "ab", "r"), "a/b/web-ab-r.raw");
+        let stem = |prefix: &str| key_stem(&Request { prefix: prefix.to_owned(), ..request() });
+        assert_eq!(stem(""), "web-0123456789abcdef-");
+        assert_eq!(stem("/a/b//"), "a/b/web-0123456789abcdef-");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use tokio::time::{sleep, timeout};
 
 use super::failure::{Failure, Kind};
 use super::import::{RUN_TAG, State, look};
-use super::{Job, image, upload};
+use super::{Job, image, import, upload};
 use crate::error::{Error, Exit};
 use crate::event::Event;
 
@@ -28,8 +28,9 @@ const GONE: u32 = 3;
 pub(super) enum Made {
     /// A multipart upload of the target's key; while it is `completing`, there may be the object instead.
     Upload { id: Option<String>, completing: bool },
-    /// An object of this run: the target's, or the one of zeros beside it.
-    Object { key: String, version: Option<String> },
+    /// An object of this run: the target's, or the one of zeros beside it. Unless it is `sure`, no answer told that it was
+    /// made, or which version of it.
+    Object { key: String, version: Option<String>, sure: bool },
     /// An import task, tagged with the target's run.
     Task { id: Option<String> },
     /// A snapshot.
@@ -131,7 +132,8 @@ async fn take_back(job: &Job<'_>, made: &Made) -> Result<(), String> {
             Made::Image { id, snapshot } => undo_image(job, id.as_deref(), snapshot).await,
             Made::Snapshot { id } => delete_snapshot(job, id).await,
             Made::Task { id } => undo_task(job, id.as_deref()).await,
-            Made::Object { key, version } => delete_object(job, key, version.as_deref()).await,
+            Made::Object { key, version, sure: true } => delete_object(job, key, version.as_deref()).await,
+            Made::Object { key, .. } => find_and_delete_object(job, key).await,
             Made::Upload { id, completing } => undo_upload(job, id.as_deref(), *completing).await,
         }
     });
@@ -189,6 +191,7 @@ fn in_words(job: &Job<'_>, made: &Made) -> String {
         Made::Task { id: None } => {
             format!("perhaps an import task with the tag {RUN_TAG}={} in {}", target.run, target.region)
         }
+        Made::Object { key, sure: false, .. } => format!("perhaps object s3://{}/{key}", target.bucket),
         Made::Object { key, .. } => format!("object s3://{}/{key}", target.bucket),
         Made::Upload { id: None, .. } => {
             format!("perhaps an unfinished upload of s3://{}/{}", target.bucket, target.key)
@@ -212,8 +215,8 @@ fn by_hand(job: &Job<'_>, made: &Made) -> String {
             let id = id.as_deref().unwrap_or("ID");
             format!("aws ec2 cancel-import-task --region {region} --import-task-id {id}")
         }
-        Made::Object { key, version: None } => format!("aws s3 rm s3://{bucket}/{key}"),
-        Made::Object { key, version: Some(version) } => {
+        Made::Object { key, version: None, .. } => format!("aws s3 rm s3://{bucket}/{key}"),
+        Made::Object { key, version: Some(version), .. } => {
             format!("aws s3api delete-object --bucket {bucket} --key {key} --version-id {version}")
         }
         Made::Upload { id, .. } => {
@@ -309,21 +312,11 @@ async fn cancel_task(job: &Job<'_>, id: &str) -> Result<Option<Made>, Left> {
 }
 
 async fn find_task(job: &Job<'_>) -> Result<Option<String>, Failure> {
-    let mut next = None;
-    loop {
-        let call = job.clients.ec2.describe_import_snapshot_tasks().set_next_token(next);
-        let answer = call.send().await.map_err(job.clients.failed("ec2:DescribeImportSnapshotTasks"))?;
-        let run = Some(job.target.run.as_str());
-        let is_own = |tag: &Tag| tag.key() == Some(RUN_TAG) && tag.value() == run;
-        let own = answer.import_snapshot_tasks().iter().find(|task| task.tags().iter().any(is_own));
-        if let Some(id) = own.and_then(|task| task.import_task_id()) {
-            return Ok(Some(id.to_owned()));
-        }
-        next = answer.next_token().filter(|token| !token.is_empty()).map(str::to_owned);
-        if next.is_none() {
-            return Ok(None);
-        }
-    }
+    let run = Some(job.target.run.as_str());
+    let is_own = |tag: &Tag| tag.key() == Some(RUN_TAG) && tag.value() == run;
+    let tasks = import::all(job).await?;
+    let own = tasks.iter().find(|task| task.tags().iter().any(is_own));
+    Ok(own.and_then(|task| task.import_task_id()).map(str::to_owned))
 }
 
 async fn delete_object(job: &Job<'_>, key: &str, version: Option<&str>) -> Result<Option<Made>, Left> {
@@ -332,7 +325,22 @@ async fn delete_object(job: &Job<'_>, key: &str, version: Option<&str>) -> Resul
         let call = call.set_version_id(version.map(str::to_owned));
         call.send().await.map(|_| ()).map_err(job.clients.failed("s3:DeleteObject"))
     });
-    Left::unless(deleted.await, Made::Object { key: key.to_owned(), version: version.map(str::to_owned) })
+    let object = Made::Object { key: key.to_owned(), version: version.map(str::to_owned), sure: true };
+    Left::unless(deleted.await, object)
+}
+
+/// Deletes an object that may be there, and whose version isn't known.
+async fn find_and_delete_object(job: &Job<'_>, key: &str) -> Result<Option<Made>, Left> {
+    for look in 1..=GONE {
+        match upload::object(job, key).await {
+            Ok(Some(object)) => return delete_object(job, key, object.version.as_deref()).await,
+            Ok(None) if look < GONE => sleep(PAUSE).await,
+            Ok(None) => return Ok(None),
+            // To look takes a permission of its own. What isn't there can be deleted too.
+            Err(_) => return delete_object(job, key, None).await,
+        }
+    }
+    Ok(None)
 }
 
 async fn undo_upload(job: &Job<'_>, id: Option<&str>, completing: bool) -> Result<Option<Made>, Left> {
@@ -351,7 +359,7 @@ async fn undo_upload(job: &Job<'_>, id: Option<&str>, completing: bool) -> Resul
     if !completing {
         return Ok(Some(made()));
     }
-    match upload::object(job).await {
+    match upload::object(job, &job.target.key).await {
         Ok(None) => Ok(Some(made())),
         Ok(Some(object)) => delete_object(job, &job.target.key, object.version.as_deref()).await,
         // To look takes a permission of its own. What isn't there can be deleted too.
@@ -401,7 +409,7 @@ mod tests {
         let mut undo = Undo::default();
         let upload = undo.will_make(Made::Upload { id: None, completing: false });
         let task = undo.will_make(Made::Task { id: None });
-        let object = Made::Object { key: "web.raw".to_owned(), version: None };
+        let object = Made::Object { key: "web.raw".to_owned(), version: None, sure: true };
         undo.made(upload, object.clone());
         undo.forget(task);
         undo.will_make(Made::Snapshot { id: "snap-1".to_owned() });

@@ -1,15 +1,14 @@
 //! The disk into the bucket: parallel parts, each with its SHA-256, streamed from the file.
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::primitives::{ByteStream, Length};
-use aws_sdk_s3::types::{
-    ChecksumAlgorithm, ChecksumMode, ChecksumType, CompletedMultipartUpload, CompletedPart, CopyPartResult,
-};
+use aws_sdk_s3::types::{ChecksumAlgorithm, ChecksumMode, ChecksumType, CompletedMultipartUpload, CompletedPart};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::sleep;
 
@@ -28,6 +27,8 @@ use crate::units::{GIB, Size};
 const ATTEMPTS: u32 = 6;
 /// The slowest line that the first attempt allows for, in bytes per second and part; each further one allows for half.
 const SLOWEST: u64 = 128 << 10;
+/// How many copies are in flight for each part that may be sent at once.
+const COPIES_BESIDE: usize = 4;
 /// How much of the file a part in flight holds in memory.
 const READ: usize = 256 << 10;
 /// S3 puts the parts together before it answers.
@@ -87,7 +88,8 @@ pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<Uploaded, E
     }
     Box::pin(complete(job, undo, entry, &id, sent)).await?;
     // What can't be deleted now is tried again with the disk's own object.
-    let _ = undo.objects(job, |key| key != job.target.key).await;
+    let zeros = job.stop.or("the zeros' deletion", undo.objects(job, |key| key != job.target.key));
+    let _ = Box::pin(zeros).await?;
     Ok(uploaded)
 }
 
@@ -98,6 +100,15 @@ pub(super) async fn delete(job: &Job<'_>, undo: &mut Undo) {
     }
 }
 
+/// Deletes the object that a run which was killed has uploaded and imported.
+pub(super) async fn delete_left(job: &Job<'_>, key: Option<String>) {
+    let mut left = Undo::default();
+    if let Some(key) = key {
+        left.will_make(Made::Object { key, version: None, sure: false });
+    }
+    delete(job, &mut left).await;
+}
+
 fn open(job: &Job<'_>) -> Result<(File, Parts), Error> {
     let about = |error| Error::io(format!("cannot read the disk {}", job.request.disk.display()), &error);
     let file = File::open(&job.request.disk).map_err(about)?;
@@ -105,11 +116,12 @@ fn open(job: &Job<'_>) -> Result<(File, Parts), Error> {
     Ok((file, parts))
 }
 
-fn stamp(job: &Job<'_>, file: &File) -> Result<(u64, Option<std::time::SystemTime>), Error> {
+/// Size, and the time of the last change in seconds and nanoseconds, which nobody can set back.
+fn stamp(job: &Job<'_>, file: &File) -> Result<(u64, i64, i64), Error> {
     let metadata = file.metadata();
     let metadata =
         metadata.map_err(|error| Error::io(format!("cannot read the disk {}", job.request.disk.display()), &error))?;
-    Ok((metadata.len(), metadata.modified().ok()))
+    Ok((metadata.len(), metadata.ctime(), metadata.ctime_nsec()))
 }
 
 async fn create(job: &Job<'_>, undo: &mut Undo) -> Result<(usize, String), Error> {
@@ -172,28 +184,23 @@ enum Lost {
 
 async fn send_all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Vec<Sent>, Error> {
     let mut sent = Vec::with_capacity(sender.parts.all.len());
-    let mut waiting = sender.parts.all.clone().into_iter();
+    let mut waiting = sender.parts.all.clone().into_iter().peekable();
     let mut running: JoinSet<Result<Sent, Lost>> = JoinSet::new();
-    let (mut done, mut total) = (0, sender.to_send());
-    job.events.emit(Event::Progress { phase: "upload", done, total });
+    let mut progress = Progress::of(sender);
+    progress.tell(sender);
     loop {
-        while running.len() < job.request.parallel.max(1) {
-            let Some(part) = waiting.next() else { break };
+        // A copy costs the line nothing.
+        let most = |part: &Part| job.request.parallel.max(1) * if sender.is_copied(*part) { COPIES_BESIDE } else { 1 };
+        while let Some(part) = waiting.next_if(|part| running.len() < most(part)) {
             running.spawn(Arc::clone(sender).send(part));
         }
         // What still runs is ended with the set, when this returns.
         let Some(ended) = job.stop.or("the upload", running.join_next()).await? else { break };
         match ended.unwrap_or_else(|error| Err(Lost::Bug(error))) {
             Ok(one) => {
-                // Zeros that turned out to be some, or could not be copied after all.
-                match (one.copied, sender.is_copied(one.part)) {
-                    (true, false) => total -= one.part.length,
-                    (false, true) => total += one.part.length,
-                    _ => {}
-                }
-                done += if one.copied { 0 } else { one.part.length };
+                progress.ended(sender, &one);
                 sent.push(one);
-                job.events.emit(Event::Progress { phase: "upload", done, total });
+                progress.tell(sender);
             }
             Err(Lost::Disk(error)) => {
                 return Err(Error::io(format!("cannot read the disk {}", job.request.disk.display()), &error));
@@ -207,6 +214,37 @@ async fn send_all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Vec<Sent>, Erro
         job.events.detail("the endpoint doesn't confirm SHA-256 checksums; it was asked to check them");
     }
     Ok(sent)
+}
+
+/// How far the upload is, in bytes that are sent; what is copied costs nothing.
+struct Progress {
+    done: u64,
+    /// What is left in parts that have to be sent.
+    data: u64,
+    /// What is left in parts that are copied as long as that is possible.
+    holes: u64,
+}
+
+impl Progress {
+    fn of(sender: &Sender) -> Self {
+        let length = |copyable: bool| {
+            let parts = sender.parts.all.iter().filter(|part| sender.parts.is_copyable(**part) == copyable);
+            parts.map(|part| part.length).sum()
+        };
+        Self { done: 0, data: length(false), holes: length(true) }
+    }
+
+    fn ended(&mut self, sender: &Sender, one: &Sent) {
+        let left = if sender.parts.is_copyable(one.part) { &mut self.holes } else { &mut self.data };
+        *left -= one.part.length;
+        self.done += if one.copied { 0 } else { one.part.length };
+    }
+
+    fn tell(&self, sender: &Sender) {
+        let holes = if sender.zeros.as_ref().is_some_and(Zeros::serve) { 0 } else { self.holes };
+        let total = self.done + self.data + holes;
+        sender.events.emit(Event::Progress { phase: "upload", done: self.done, total });
+    }
 }
 
 /// Sends parts; shared by all that are in flight.
@@ -223,15 +261,9 @@ struct Sender {
 }
 
 impl Sender {
-    /// The bytes that will be sent, as far as can be told before they are read.
-    fn to_send(&self) -> u64 {
-        let sent = self.parts.all.iter().filter(|part| !self.is_copied(**part));
-        sent.map(|part| part.length).sum()
-    }
-
     /// Whether the part is expected to be copied.
     fn is_copied(&self, part: Part) -> bool {
-        part.hole && self.zeros.is_some() && self.parts.is_zeros(part, &self.parts.hole_digest(part))
+        self.parts.is_copyable(part) && self.zeros.as_ref().is_some_and(Zeros::serve)
     }
 
     async fn send(self: Arc<Self>, part: Part) -> Result<Sent, Lost> {
@@ -261,44 +293,45 @@ impl Sender {
     /// Copies a part of zeros inside S3; nothing if that can't be done: then sending it shows why, or works.
     async fn copy(&self, part: Part, digest: Digest) -> Option<Sent> {
         let zeros = self.zeros.as_ref()?;
-        for attempt in 1..=ATTEMPTS {
-            let call = self
-                .clients
-                .s3
-                .upload_part_copy()
-                .bucket(&self.bucket)
-                .key(&self.key)
-                .upload_id(&self.id)
-                .part_number(part.number)
-                .copy_source(zeros.source(&self.bucket)?)
-                .customize()
-                .config_override(s3_once().timeout_config(part_timeouts(part.length, attempt)));
-            let failure = match call.send().await.map_err(self.clients.failed("s3:UploadPartCopy")) {
-                Ok(answer) => {
-                    let result = answer.copy_part_result.unwrap_or_else(|| CopyPartResult::builder().build());
-                    let (etag, arrived) = (result.e_tag.unwrap_or_default(), result.checksum_sha256);
-                    let right = arrived.as_ref().is_none_or(|arrived| *arrived == parts::base64(&digest));
-                    if right && !etag.is_empty() {
-                        return Some(Sent { part, digest, etag, confirmed: arrived.is_some(), copied: true });
+        for attempt in 1..=zeros::COPIES {
+            let why = match self.copy_once(part, digest, zeros.source(&self.bucket)?).await {
+                Ok(sent) => return Some(sent),
+                Err(failure) if failure.is_passing() && attempt < zeros::COPIES => failure.reason(),
+                Err(failure) => {
+                    if zeros.refuse() {
+                        let why = failure.reason();
+                        self.events.detail(format!("zeros can't be copied inside S3 and are sent: {why}"));
                     }
-                    Failure::found(
-                        "s3:UploadPartCopy",
-                        format!("part {} is not the zeros it was copied from", part.number),
-                    )
+                    return None;
                 }
-                Err(failure) => failure,
             };
-            let why = failure.reason();
-            if !failure.is_passing() {
-                if zeros.refuse() {
-                    self.events.detail(format!("zeros can't be copied inside S3 and are sent: {why}"));
-                }
-                return None;
-            }
-            self.events.detail(format!("part {} is copied again ({attempt} of {ATTEMPTS} failed): {why}", part.number));
+            let number = part.number;
+            self.events.detail(format!("part {number} is copied again ({attempt} of {} failed): {why}", zeros::COPIES));
             sleep(backoff(attempt)).await;
         }
         None
+    }
+
+    async fn copy_once(&self, part: Part, digest: Digest, source: String) -> Result<Sent, Failure> {
+        let call = self
+            .clients
+            .s3
+            .upload_part_copy()
+            .bucket(&self.bucket)
+            .key(&self.key)
+            .upload_id(&self.id)
+            .part_number(part.number)
+            .copy_source(source)
+            .customize()
+            .config_override(s3_once().timeout_config(zeros::timeouts()));
+        let answer = call.send().await.map_err(self.clients.failed("s3:UploadPartCopy"))?;
+        let etag = answer.copy_part_result().and_then(|result| result.e_tag()).unwrap_or_default().to_owned();
+        let arrived = answer.copy_part_result().and_then(|result| result.checksum_sha256());
+        // Without the SHA-256 of a part an object can't be completed that was begun with them.
+        if etag.is_empty() || arrived != Some(&parts::base64(&digest)) {
+            return Err(Failure::useless("s3:UploadPartCopy", "the copy's SHA-256 is not that of zeros, or not told"));
+        }
+        Ok(Sent { part, digest, etag, confirmed: true, copied: true })
     }
 
     async fn attempt(&self, part: Part, digest: Digest, attempt: u32) -> Result<Sent, Lost> {
@@ -383,13 +416,13 @@ async fn complete(job: &Job<'_>, undo: &mut Undo, entry: usize, id: &str, sent: 
             if failure.code != "NoSuchUpload" {
                 return Err(job.error(failure));
             }
-            match job.stop.or("the uploaded object", Box::pin(object(job))).await? {
+            match job.stop.or("the uploaded object", Box::pin(object(job, &job.target.key))).await? {
                 Ok(Some(object)) if object.checksum.as_deref() == Some(&whole) => (object.version, object.checksum),
                 _ => return Err(job.error(failure)),
             }
         }
     };
-    undo.made(entry, Made::Object { key: job.target.key.clone(), version: real_version(version) });
+    undo.made(entry, Made::Object { key: job.target.key.clone(), version: real_version(version), sure: true });
     match checksum {
         Some(arrived) if arrived != whole => Err(damaged(job)),
         _ => Ok(()),
@@ -410,11 +443,10 @@ pub(super) struct Object {
     checksum: Option<String>,
 }
 
-/// The target's object, if it is there.
-pub(super) async fn object(job: &Job<'_>) -> Result<Option<Object>, Failure> {
-    let target = &job.target;
-    let head =
-        job.clients.s3.head_object().bucket(&target.bucket).key(&target.key).checksum_mode(ChecksumMode::Enabled);
+/// The object with this key in the target's bucket, if it is there.
+pub(super) async fn object(job: &Job<'_>, key: &str) -> Result<Option<Object>, Failure> {
+    let bucket = &job.target.bucket;
+    let head = job.clients.s3.head_object().bucket(bucket).key(key).checksum_mode(ChecksumMode::Enabled);
     match head.send().await.map_err(job.clients.failed("s3:HeadObject")) {
         Ok(head) => Ok(Some(Object { version: real_version(head.version_id), checksum: head.checksum_sha256 })),
         Err(failure) if failure.is_not_found() => Ok(None),

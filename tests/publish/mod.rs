@@ -1,6 +1,7 @@
 //! Publishing, against a real endpoint: what it makes there, what it says of every refusal, and that nothing stays
 //! behind. The disk comes from a build with the fake QEMU.
 
+mod again;
 mod denied;
 mod made;
 mod places;

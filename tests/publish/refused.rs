@@ -47,6 +47,8 @@ fn a_name_that_is_taken() {
     let first = stage.published(stage.publish().run());
     std::fs::remove_file(stage.bench.path("out/web/published.json")).unwrap();
     stage.aws.reset();
+    // It is not the same image.
+    stage.bench.manifest(|manifest| manifest["publish"]["description"] = "another".into());
     let said = stage.fails(stage.publish(), 7, ONE_IMAGE);
     insta::assert_snapshot!(said.replace(&first, "AMI"), @r"
     error: the image name `web-1` is already taken in us-east-1 by AMI
@@ -145,7 +147,7 @@ fn a_disk_that_is_cut_short_is_not_sent() {
     file.set_len(1 << 29).unwrap();
     let said = stage.publish().run().failed(3);
     insta::assert_snapshot!(said, @r"
-    error: the disk of `out/web` is not what was built: 1024 of its 2048 blocks differ, the first at byte 536870912
+    error: `out/web/disk.raw` is not known to be what was built: 1024 of its 2048 blocks differ, the first at byte 536870912
      |
     help: build it again
     ");
@@ -162,7 +164,7 @@ fn a_disk_that_is_not_what_was_built_is_not_sent() {
     disk.write_all_at(b"X", 5 << 20).unwrap();
     let said = stage.publish().run().failed(3);
     insta::assert_snapshot!(said, @r"
-    error: the disk of `out/web` is not what was built: 1 of its 2048 blocks differ, the first at byte 5242880
+    error: `out/web/disk.raw` is not known to be what was built: 1 of its 2048 blocks differ, the first at byte 5242880
      |
     help: build it again
     ");

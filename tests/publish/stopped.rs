@@ -4,6 +4,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::{NOTHING, Stage, without_key, word};
+use crate::support::wait_until;
 
 /// Stops publishing while a call of `action` is met by `fault`.
 #[track_caller]
@@ -11,8 +12,8 @@ fn stop_at(stage: &Stage, action: &str, mut fault: Value, signal: Signal) -> Str
     stage.aws.reset();
     fault["action"] = json!(action);
     fault["count"] = json!(1);
-    if action == "ec2:ImportSnapshot" {
-        fault["skip"] = json!(1); // the dry run
+    if matches!(action, "ec2:ImportSnapshot" | "ec2:DescribeImportSnapshotTasks") {
+        fault["skip"] = json!(1); // the dry run, and the look for earlier imports
     }
     stage.aws.fault(&fault);
     let kiln = stage.publish().start();
@@ -51,7 +52,7 @@ fn ctrl_c_while_something_is_made() {
 #[test]
 fn ctrl_c_while_something_is_made_slowly() {
     let stage = Stage::new();
-    for action in ["s3:CreateMultipartUpload", "ec2:ImportSnapshot", "ec2:RegisterImage"] {
+    for action in ["s3:PutObject", "s3:CreateMultipartUpload", "ec2:ImportSnapshot", "ec2:RegisterImage"] {
         assert_taken_back(&stop_at(&stage, action, json!({ "delay": 6.5 }), Signal::INT));
     }
 }
@@ -83,7 +84,7 @@ fn ctrl_c_while_the_import_runs_cancels_it() {
     let stage = Stage::new();
     stage.aws.control("POST", "import", Some(&json!({ "hold": true })));
     let kiln = stage.publish().start();
-    stage.aws.wait_for("ec2:DescribeImportSnapshotTasks");
+    wait_until("the import", || stage.aws.resources()[4] == 1);
     kiln.signal(Signal::INT);
     let said = without_key(&kiln.end().failed(130));
     insta::assert_snapshot!(said.replace(&word(&said, "import-snap-"), "TASK"), @r"
@@ -113,7 +114,7 @@ fn a_second_ctrl_c_does_not_wait() {
     stage.aws.control("POST", "import", Some(&json!({ "hold": true })));
     stage.aws.fault(&json!({ "action": "ec2:CancelImportTask", "delay": 20 }));
     let kiln = stage.publish().start();
-    stage.aws.wait_for("ec2:DescribeImportSnapshotTasks");
+    wait_until("the import", || stage.aws.resources()[4] == 1);
     kiln.signal(Signal::INT);
     stage.aws.wait_for("ec2:CancelImportTask");
     let pressed = std::time::Instant::now();

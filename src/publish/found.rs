@@ -1,0 +1,134 @@
+//! What an earlier publish of the same disk has left, so that nothing is made twice.
+//!
+//! Everything that kiln makes at AWS has the disk's digest as a tag, an image also one that stands for all that it was
+//! registered with. An image that is alike ends a publish at once; a snapshot, or an import that still runs because its
+//! kiln was killed, saves upload and import. What was found was not made by this run, and is not taken back by it.
+
+use aws_sdk_ec2::types::{Filter, Image, ImageState, ImportSnapshotTask, Snapshot, SnapshotState, Tag};
+
+use super::failure::Failure;
+use super::import::{self, State};
+use super::{Job, image, rules};
+use crate::error::Error;
+
+/// What is there already.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Found {
+    /// An image like the one that is asked for; it may still be pending.
+    Image { id: String, name: String, snapshot: String },
+    /// A snapshot of the disk.
+    Snapshot { id: String },
+    /// An import of the disk that has come to an end, or will, from the object with this key in the target's bucket.
+    Task { id: String, key: Option<String> },
+    /// Nothing.
+    Nothing,
+}
+
+/// Looks for what is there of the disk. Where the caller may not look, nothing is found.
+pub(super) async fn look(job: &Job<'_>) -> Result<Found, Error> {
+    let images = job.call("the images of this disk", images(job)).await?;
+    if let Some(found) = images.iter().find_map(|image| alike(job, image)) {
+        return Ok(found);
+    }
+    let snapshots = may_look(job, "snapshots", job.stop.or("the snapshots of this disk", snapshots(job)).await?)?;
+    if let Some(id) = snapshots.iter().find_map(|snapshot| whole(job, snapshot)) {
+        return Ok(Found::Snapshot { id });
+    }
+    let tasks = may_look(job, "imports", job.stop.or("the imports of this disk", Box::pin(tasks(job))).await?)?;
+    Ok(tasks.into_iter().next().unwrap_or(Found::Nothing))
+}
+
+/// What was found, in words for a dry run; none if it is nothing.
+pub(super) fn in_words(found: &Found) -> Option<String> {
+    match found {
+        Found::Image { id, name, .. } => Some(format!("make nothing: image {id} (`{name}`) is the same")),
+        Found::Snapshot { id } => Some(format!("use snapshot {id}, which has the disk")),
+        Found::Task { id, .. } => Some(format!("wait for import task {id}, which imports the disk")),
+        Found::Nothing => None,
+    }
+}
+
+fn tagged(key: &str, value: &str) -> Filter {
+    Filter::builder().name(format!("tag:{key}")).values(value).build()
+}
+
+async fn images(job: &Job<'_>) -> Result<Vec<Image>, Failure> {
+    let same = tagged(rules::SETTINGS_TAG, &rules::settings(job.request));
+    let answer = job.clients.ec2.describe_images().owners("self").filters(same).send().await;
+    Ok(answer.map_err(job.clients.failed("ec2:DescribeImages"))?.images.unwrap_or_default())
+}
+
+/// An image of the same settings that is the one asked for: by its name too, unless that has a date in it.
+fn alike(job: &Job<'_>, image: &Image) -> Option<Found> {
+    let named = job.request.name_varies || image.name() == Some(&job.request.image_name);
+    let alive = matches!(image.state(), Some(ImageState::Available | ImageState::Pending));
+    if !named || !alive {
+        return None;
+    }
+    Some(Found::Image {
+        id: image.image_id()?.to_owned(),
+        name: image.name()?.to_owned(),
+        snapshot: image::snapshots(image).next()?.to_owned(),
+    })
+}
+
+async fn snapshots(job: &Job<'_>) -> Result<Vec<Snapshot>, Failure> {
+    let same = tagged(rules::DIGEST_TAG, &job.request.digest);
+    let answer = job.clients.ec2.describe_snapshots().owner_ids("self").filters(same).send().await;
+    Ok(answer.map_err(job.clients.failed("ec2:DescribeSnapshots"))?.snapshots.unwrap_or_default())
+}
+
+fn whole(job: &Job<'_>, snapshot: &Snapshot) -> Option<String> {
+    let size = snapshot.volume_size().and_then(|size| u64::try_from(size).ok());
+    let whole = snapshot.state() == Some(&SnapshotState::Completed) && size == Some(job.request.size);
+    snapshot.snapshot_id().filter(|_| whole).map(str::to_owned)
+}
+
+/// The imports of the disk that run, or whose snapshot is there.
+async fn tasks(job: &Job<'_>) -> Result<Vec<Found>, Failure> {
+    let digest = Some(job.request.digest.as_str());
+    let of_disk = |tag: &Tag| tag.key() == Some(rules::DIGEST_TAG) && tag.value() == digest;
+    let mut found = Vec::new();
+    for task in import::all(job).await?.iter().filter(|task| task.tags().iter().any(of_disk)) {
+        if is_useful(job, task).await?
+            && let Some(id) = task.import_task_id()
+        {
+            found.push(Found::Task { id: id.to_owned(), key: key(job, task) });
+        }
+    }
+    Ok(found)
+}
+
+/// The key of the object that the task reads, if it is one that kiln made of this disk in the bucket that is used now.
+fn key(job: &Job<'_>, task: &ImportSnapshotTask) -> Option<String> {
+    let place = task.snapshot_task_detail()?.user_bucket()?;
+    let own = place.s3_bucket() == Some(&job.target.bucket);
+    place.s3_key().filter(|key| own && key.starts_with(&rules::key_stem(job.request))).map(str::to_owned)
+}
+
+async fn is_useful(job: &Job<'_>, task: &ImportSnapshotTask) -> Result<bool, Failure> {
+    match import::judge_task(task) {
+        State::Working { .. } => Ok(true),
+        State::Failed { .. } => Ok(false),
+        // AWS remembers tasks longer than people keep snapshots.
+        State::Done { snapshot } => {
+            let answer = job.clients.ec2.describe_snapshots().snapshot_ids(snapshot).send().await;
+            match answer.map_err(job.clients.failed("ec2:DescribeSnapshots")) {
+                Ok(answer) => Ok(answer.snapshots().iter().any(|snapshot| whole(job, snapshot).is_some())),
+                Err(failure) if failure.is_not_found() => Ok(false),
+                Err(failure) => Err(failure),
+            }
+        }
+    }
+}
+
+/// A permission to look that is missing costs an upload, not the publish.
+fn may_look<T>(job: &Job<'_>, what: &str, answer: Result<Vec<T>, Failure>) -> Result<Vec<T>, Error> {
+    match answer {
+        Err(failure) if failure.is_denied() => {
+            job.events.detail(format!("cannot look for earlier {what} of this disk: {}", failure.reason()));
+            Ok(Vec::new())
+        }
+        answer => answer.map_err(|failure| job.error(failure)),
+    }
+}
