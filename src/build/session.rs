@@ -113,7 +113,8 @@ impl Session<'_> {
         let mut machine = self.machine(MemoryState::Savable)?;
         // A boot loader reads before the kernel does, so that nothing could be told of that.
         let may_hang = self.accelerator == Accelerator::Tcg && matches!(self.plan.boot, BootPath::Direct);
-        for _ in 1..if may_hang { STARTS } else { 1 } {
+        let starts = if may_hang { STARTS } else { 1 };
+        for _ in 1..starts {
             if machine.reads_its_disk(patience).map_err(|error| self.boot_failure(error))? {
                 break;
             }

@@ -51,7 +51,7 @@ pub(super) fn look_over(
         events.warn(format!("`{}` is not what was built and is built again: {why}", folder.display()));
         return Ok(None);
     }
-    if wants_sum(recipe, request) && (artifact.manifest.sha256.is_none() || request.verify) {
+    if wants_sum(recipe, request) && (manifest.sha256.is_none() || request.verify) {
         return add_sum(artifact, request, events, cancel);
     }
     Ok(Some(artifact))

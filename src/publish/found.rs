@@ -34,8 +34,8 @@ pub(super) async fn look(job: &Job<'_>) -> Result<Found, Error> {
     if let Some(id) = snapshots.iter().find_map(|snapshot| whole(job, snapshot)) {
         return Ok(Found::Snapshot { id });
     }
-    let tasks = may_look(job, "imports", job.stop.or("the imports of this disk", Box::pin(tasks(job))).await?)?;
-    Ok(tasks.into_iter().next().unwrap_or(Found::Nothing))
+    let task = may_look(job, "imports", job.stop.or("the imports of this disk", Box::pin(task(job))).await?)?;
+    Ok(task.unwrap_or(Found::Nothing))
 }
 
 /// What was found, in words for a dry run; none if it is nothing.
@@ -84,19 +84,18 @@ fn whole(job: &Job<'_>, snapshot: &Snapshot) -> Option<String> {
     snapshot.snapshot_id().filter(|_| whole).map(str::to_owned)
 }
 
-/// The imports of the disk that run, or whose snapshot is there.
-async fn tasks(job: &Job<'_>) -> Result<Vec<Found>, Failure> {
+/// An import of the disk that runs, or whose snapshot is there.
+async fn task(job: &Job<'_>) -> Result<Option<Found>, Failure> {
     let digest = Some(job.request.digest.as_str());
     let of_disk = |tag: &Tag| tag.key() == Some(rules::DIGEST_TAG) && tag.value() == digest;
-    let mut found = Vec::new();
     for task in import::all(job).await?.iter().filter(|task| task.tags().iter().any(of_disk)) {
         if is_useful(job, task).await?
             && let Some(id) = task.import_task_id()
         {
-            found.push(Found::Task { id: id.to_owned(), key: key(job, task) });
+            return Ok(Some(Found::Task { id: id.to_owned(), key: key(job, task) }));
         }
     }
-    Ok(found)
+    Ok(None)
 }
 
 /// The key of the object that the task reads, if it is one that kiln made of this disk in the bucket that is used now.
@@ -123,11 +122,11 @@ async fn is_useful(job: &Job<'_>, task: &ImportSnapshotTask) -> Result<bool, Fai
 }
 
 /// A permission to look that is missing costs an upload, not the publish.
-fn may_look<T>(job: &Job<'_>, what: &str, answer: Result<Vec<T>, Failure>) -> Result<Vec<T>, Error> {
+fn may_look<T: Default>(job: &Job<'_>, what: &str, answer: Result<T, Failure>) -> Result<T, Error> {
     match answer {
         Err(failure) if failure.is_denied() => {
             job.events.detail(format!("cannot look for earlier {what} of this disk: {}", failure.reason()));
-            Ok(Vec::new())
+            Ok(T::default())
         }
         answer => answer.map_err(|failure| job.error(failure)),
     }

@@ -1,8 +1,9 @@
 //! A disk becomes an image: S3, then `ImportSnapshot`, then `RegisterImage`. The only async code of kiln.
 //!
 //! [`publish`] reads top to bottom: what is asked for is checked without a request (`rules`), then by requests that
-//! only read (`preflight`), which also tell what an earlier publish has left (`found`), and only then is anything made. What is made is written into `undo::Undo` *before* the
-//! request is sent, so that a failure, a signal or a lost answer at any point finds it again and takes it back.
+//! only read (`preflight`), which also tell what an earlier publish has left (`found`), and only then is anything made.
+//! What is made is written into `undo::Undo` *before* the request is sent, so that a failure, a signal or a lost answer
+//! at any point finds it again and takes it back.
 
 mod client;
 mod failure;
@@ -33,7 +34,7 @@ use client::Clients;
 use failure::Failure;
 use found::Found;
 use stop::Stop;
-use undo::Undo;
+use undo::{Made, Undo};
 
 /// The role that AWS assumes to read the disk from the bucket, unless another is named.
 pub const DEFAULT_ROLE: &str = "vmimport";
@@ -187,11 +188,6 @@ async fn publish_or_undo(request: &Request, events: &Events, cancel: &Cancel) ->
         preflight::explain(&job, &found)?;
         return Ok(job.published(String::new(), String::new()));
     }
-    if let Found::Image { id, name, snapshot } = found {
-        events.note(format!("image {id} has this disk already"));
-        image::until_available(&job, &id).await?;
-        return Ok(Published { image_name: name, ..job.published(id, snapshot) });
-    }
     let mut undo = Undo::default();
     match steps(&job, found, &mut undo).await {
         Ok(published) => Ok(published),
@@ -201,6 +197,11 @@ async fn publish_or_undo(request: &Request, events: &Events, cancel: &Cancel) ->
 
 async fn steps(job: &Job<'_>, found: Found, undo: &mut Undo) -> Result<Published, Error> {
     let snapshot = match found {
+        Found::Image { id, name, snapshot } => {
+            job.events.note(format!("image {id} has this disk already"));
+            image::until_available(job, &id).await?;
+            return Ok(Published { image_name: name, ..job.published(id, snapshot) });
+        }
         Found::Snapshot { id } => {
             job.events.note(format!("snapshot {id} has this disk already"));
             id
@@ -209,10 +210,13 @@ async fn steps(job: &Job<'_>, found: Found, undo: &mut Undo) -> Result<Published
             job.events.note(format!("import task {id} imports this disk already"));
             let work = Box::pin(import::adopt(job, &id));
             let snapshot = job.phase("import", format!("import task {id}"), String::clone, work).await?;
-            upload::delete_left(job, key).await;
+            if let Some(key) = key {
+                undo.will_make(Made::Object { key, version: None, sure: false });
+                upload::delete(job, undo).await;
+            }
             snapshot
         }
-        Found::Nothing | Found::Image { .. } => {
+        Found::Nothing => {
             let work = Box::pin(upload::upload(job, undo));
             job.phase("upload", upload::begins(job), upload::in_words, work).await?;
             let work = Box::pin(import::import(job, undo));

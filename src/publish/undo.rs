@@ -133,7 +133,7 @@ async fn take_back(job: &Job<'_>, made: &Made) -> Result<(), String> {
             Made::Snapshot { id } => delete_snapshot(job, id).await,
             Made::Task { id } => undo_task(job, id.as_deref()).await,
             Made::Object { key, version, sure: true } => delete_object(job, key, version.as_deref()).await,
-            Made::Object { key, .. } => find_and_delete_object(job, key).await,
+            Made::Object { key, .. } => find_and_delete_object(job, key, GONE).await,
             Made::Upload { id, completing } => undo_upload(job, id.as_deref(), *completing).await,
         }
     });
@@ -329,13 +329,15 @@ async fn delete_object(job: &Job<'_>, key: &str, version: Option<&str>) -> Resul
     Left::unless(deleted.await, object)
 }
 
-/// Deletes an object that may be there, and whose version isn't known.
-async fn find_and_delete_object(job: &Job<'_>, key: &str) -> Result<Option<Made>, Left> {
-    for look in 1..=GONE {
+/// Deletes an object that may be there, and whose version isn't known; it is not there if that many looks don't see it.
+async fn find_and_delete_object(job: &Job<'_>, key: &str, looks: u32) -> Result<Option<Made>, Left> {
+    for look in 0..looks {
+        if look > 0 {
+            sleep(PAUSE).await;
+        }
         match upload::object(job, key).await {
             Ok(Some(object)) => return delete_object(job, key, object.version.as_deref()).await,
-            Ok(None) if look < GONE => sleep(PAUSE).await,
-            Ok(None) => return Ok(None),
+            Ok(None) => {}
             // To look takes a permission of its own. What isn't there can be deleted too.
             Err(_) => return delete_object(job, key, None).await,
         }
@@ -359,12 +361,8 @@ async fn undo_upload(job: &Job<'_>, id: Option<&str>, completing: bool) -> Resul
     if !completing {
         return Ok(Some(made()));
     }
-    match upload::object(job, &job.target.key).await {
-        Ok(None) => Ok(Some(made())),
-        Ok(Some(object)) => delete_object(job, &job.target.key, object.version.as_deref()).await,
-        // To look takes a permission of its own. What isn't there can be deleted too.
-        Err(_) => delete_object(job, &job.target.key, None).await,
-    }
+    let object = find_and_delete_object(job, &job.target.key, 1).await?;
+    Ok(object.or_else(|| Some(made())))
 }
 
 async fn abort(job: &Job<'_>, id: &str) -> Result<(), Failure> {

@@ -1,7 +1,6 @@
 //! The disk into the bucket: parallel parts, each with its SHA-256, streamed from the file.
 
 use std::fs::File;
-use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +20,7 @@ use super::undo::{Made, Undo};
 use super::zeros::{self, Zeros};
 use crate::error::{Error, Exit};
 use crate::event::{Event, Events};
+use crate::store::Identity;
 use crate::units::{GIB, Size};
 
 /// How often a part is sent before the upload fails.
@@ -62,7 +62,7 @@ pub(super) fn plan_in_words(job: &Job<'_>) -> Result<String, Error> {
 /// Uploads the disk.
 pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<Uploaded, Error> {
     let (file, parts) = open(job)?;
-    let before = stamp(job, &file)?;
+    let before = identity(job, &file)?;
     let zeros = Box::pin(zeros::make(job, undo, &parts)).await?;
     let (entry, id) = create(job, undo).await?;
     let sender = Sender {
@@ -79,7 +79,7 @@ pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<Uploaded, E
     let sender = Arc::new(sender);
     let sent = send_all(job, &sender).await?;
     let uploaded = Uploaded { parts: sent.len(), copied: sent.iter().filter(|one| one.copied).count() };
-    if stamp(job, &sender.file)? != before {
+    if identity(job, &sender.file)? != before {
         return Err(Error::new(
             Exit::Input,
             format!("the disk {} was changed while it was uploaded", job.request.disk.display()),
@@ -100,15 +100,6 @@ pub(super) async fn delete(job: &Job<'_>, undo: &mut Undo) {
     }
 }
 
-/// Deletes the object that a run which was killed has uploaded and imported.
-pub(super) async fn delete_left(job: &Job<'_>, key: Option<String>) {
-    let mut left = Undo::default();
-    if let Some(key) = key {
-        left.will_make(Made::Object { key, version: None, sure: false });
-    }
-    delete(job, &mut left).await;
-}
-
 fn open(job: &Job<'_>) -> Result<(File, Parts), Error> {
     let about = |error| Error::io(format!("cannot read the disk {}", job.request.disk.display()), &error);
     let file = File::open(&job.request.disk).map_err(about)?;
@@ -116,12 +107,9 @@ fn open(job: &Job<'_>) -> Result<(File, Parts), Error> {
     Ok((file, parts))
 }
 
-/// Size, and the time of the last change in seconds and nanoseconds, which nobody can set back.
-fn stamp(job: &Job<'_>, file: &File) -> Result<(u64, i64, i64), Error> {
-    let metadata = file.metadata();
-    let metadata =
-        metadata.map_err(|error| Error::io(format!("cannot read the disk {}", job.request.disk.display()), &error))?;
-    Ok((metadata.len(), metadata.ctime(), metadata.ctime_nsec()))
+fn identity(job: &Job<'_>, file: &File) -> Result<Identity, Error> {
+    let about = |error| Error::io(format!("cannot read the disk {}", job.request.disk.display()), &error);
+    Identity::of(file).map_err(about)
 }
 
 async fn create(job: &Job<'_>, undo: &mut Undo) -> Result<(usize, String), Error> {

@@ -39,6 +39,11 @@ impl Identity {
         Ok(Self::from(&file.metadata()?))
     }
 
+    /// Whether that is what the file is now, and would not be if it had been changed meanwhile.
+    fn is_still(&self, file: &File) -> bool {
+        self.is_settled() && Self::of(file).is_ok_and(|now| now == *self)
+    }
+
     /// Whether its last change is so long ago that a further one would show.
     fn is_settled(&self) -> bool {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
@@ -95,7 +100,7 @@ impl Store {
 
     /// Notes digests; `before` is what the file was when its reading began. A note that can't be kept is no failure.
     pub(super) fn note(&self, file: &File, before: &Identity, digests: &Digests) {
-        if Identity::of(file).ok().as_ref() != Some(before) || !before.is_settled() {
+        if !before.is_still(file) {
             return;
         }
         let known = Known { identity: before.clone(), sha256: digests.sha256.clone(), sha512: digests.sha512.clone() };
@@ -111,7 +116,7 @@ impl Store {
 
     /// Notes the digest of a disk that was read whole; `before` is what it was when that began.
     pub fn know_read_disk(&self, disk: &File, before: &Identity, digest: &str) {
-        if before.is_settled() && Identity::of(disk).ok().as_ref() == Some(before) {
+        if before.is_still(disk) {
             self.note_disk(before.clone(), digest);
         }
     }
@@ -127,18 +132,13 @@ impl Store {
     /// reached the host's disk.
     #[must_use]
     pub fn knows_disk(&self, disk: &Path, digest: &str) -> bool {
-        let read = || -> io::Result<(Identity, KnownDisk)> {
+        let known = || -> io::Result<bool> {
             let identity = Identity::of(&File::open(disk)?)?;
-            let known = serde_json::from_slice(&std::fs::read(self.known_disk_path(&identity))?)?;
-            Ok((identity, known))
+            let known: KnownDisk = serde_json::from_slice(&std::fs::read(self.known_disk_path(&identity))?)?;
+            let same = known.identity == identity && known.digest == digest;
+            Ok(same && known.boot.is_some() && known.boot == exec::boot_id())
         };
-        match read() {
-            Ok((identity, known)) => {
-                let same = known.identity == identity && known.digest == digest;
-                same && known.boot.is_some() && known.boot == exec::boot_id()
-            }
-            Err(_) => false,
-        }
+        known().unwrap_or(false)
     }
 
     /// Makes `file` unknown.
