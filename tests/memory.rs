@@ -1,10 +1,8 @@
 //! kiln's own memory does not grow with what passes through it.
 
-use std::os::unix::fs::FileExt;
-
 use serde_json::json;
 
-use crate::support::{Base, Bench, write_base};
+use crate::support::{Base, Bench, append_data, write_base};
 
 const MIB: u64 = 1 << 20;
 /// Of data in the base, and of the guest's memory.
@@ -17,12 +15,7 @@ fn a_build_of_hundreds_of_megabytes_takes_less_than_a_hundred() {
     let bench = Bench::empty();
     write_base(&bench.path("base.raw"), Base::LargeInitrd);
     bench.one_step();
-    // Behind the base's partition, where it takes mke2fs no time.
-    let base = std::fs::File::options().write(true).open(bench.path("base.raw")).unwrap();
-    let (end, piece) = (base.metadata().unwrap().len(), [b'd'; 1 << 16]);
-    for at in (0..PASSED).step_by(piece.len()) {
-        base.write_all_at(&piece, end + at).unwrap();
-    }
+    append_data(&bench.path("base.raw"), PASSED);
     let saves = json!([["memory", PASSED]]);
     // Unpacks the base, boots it and keeps the guest; then there is no need to go on.
     let fails = bench.build(&json!({ "qmp migrate": saves, "step hello": [["status", 1]] }));

@@ -1,14 +1,21 @@
 //! Publishing what was published already: nothing is made twice, whatever ended the run before.
 
+use std::time::SystemTime;
+
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use super::{NOTHING, ONE_IMAGE, Stage};
-use crate::support::wait_until;
+use super::Stage;
+use crate::support::{Running, wait_until};
 
 /// The bodies that arrived since the log was last forgotten.
 fn bodies(stage: &Stage) -> usize {
     ["s3:PutObject", "s3:UploadPart"].map(|action| stage.aws.requests(action).len()).iter().sum()
+}
+
+/// The clock that names are made of.
+fn seconds() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_secs()
 }
 
 #[test]
@@ -32,7 +39,8 @@ fn the_same_disk_again_ends_at_once() {
     let stage = Stage::of(dated);
     let first = stage.published(stage.publish().run());
     let name = stage.remembered()[0]["image_name"].clone();
-    std::thread::sleep(std::time::Duration::from_millis(1100));
+    let published = seconds();
+    wait_until("the next second", || seconds() > published);
     assert_eq!(stage.published(stage.publish().run()), first);
     assert_eq!(stage.remembered()[0]["image_name"], name);
 }
@@ -63,9 +71,7 @@ fn another_image_of_the_same_disk_needs_no_upload() {
 #[test]
 fn a_killed_kilns_import_is_taken_up() {
     let stage = Stage::new();
-    stage.aws.control("POST", "import", Some(&json!({ "hold": true })));
-    let kiln = stage.publish().start();
-    wait_until("the import", || stage.aws.resources()[4] == 1);
+    let kiln = stage.importing();
     kiln.signal(Signal::KILL);
     assert_eq!(kiln.end().code, None);
     assert_eq!(stage.aws.resources(), [1, 0, 0, 0, 1], "an object, and a running import");
@@ -95,30 +101,29 @@ fn a_killed_kilns_import_is_taken_up() {
     assert_eq!(stage.published(stage.publish().run()), image.as_str().unwrap());
 }
 
-/// Killed after each request that makes something: the next run comes to one image, and nothing else is left.
+/// Killed before and after each request that makes something of the snapshot: the next run comes to one image, sends
+/// nothing again, and nothing else is left.
 #[test]
 fn killed_while_the_image_is_made() {
+    let goes_on = |stage: &Stage, kiln: Running, at: &str| {
+        kiln.signal(Signal::KILL);
+        assert_eq!(kiln.end().code, None, "{at}");
+        stage.aws.reset();
+        stage.published(stage.publish().run());
+        assert_eq!(bodies(stage), 0, "{at}");
+    };
+    // Refused after a while, so that a killed kiln's request is never carried out.
     for action in ["ec2:CreateTags", "ec2:RegisterImage"] {
-        for when in ["before", "after"] {
-            let stage = Stage::new();
-            assert_eq!(stage.aws.resources(), NOTHING);
-            let fault = match when {
-                "before" => json!({ "action": action, "delay": 3, "error": "InternalError", "count": 1 }),
-                _ => json!({ "action": action, "when": "after", "delay": 3, "count": 1 }),
-            };
-            stage.aws.fault(&fault);
-            let kiln = stage.publish().start();
-            stage.aws.wait_until_struck(action);
-            if when == "after" {
-                // It is carried out before its answer is held back.
-                std::thread::sleep(std::time::Duration::from_millis(500));
-            }
-            kiln.signal(Signal::KILL);
-            kiln.end();
-            stage.aws.reset();
-            stage.published(stage.publish().run());
-            assert_eq!(stage.aws.resources(), ONE_IMAGE, "{action} {when}");
-            assert_eq!(bodies(&stage), 0, "{action} {when}");
-        }
+        let stage = Stage::new();
+        stage.aws.fault(&json!({ "action": action, "delay": 3, "error": "InternalError", "count": 1 }));
+        let kiln = stage.publish().start();
+        stage.aws.wait_until_struck(action);
+        goes_on(&stage, kiln, action);
     }
+    let stage = Stage::new();
+    stage.aws.control("POST", "images", Some(&json!({ "describes": 40 })));
+    let kiln = stage.publish().start();
+    wait_until("the image", || stage.aws.resources()[3] == 1);
+    goes_on(&stage, kiln, "a pending image");
+    assert_eq!(stage.aws.requests("ec2:RegisterImage"), [] as [Value; 0]);
 }

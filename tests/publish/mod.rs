@@ -8,11 +8,11 @@ mod places;
 mod refused;
 mod stopped;
 
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 
 use serde_json::{Value, json};
 
-use crate::support::{Aws, Base, Bench, Kiln, Ran, write_base};
+use crate::support::{Aws, Base, Bench, Kiln, Ran, Running, append_data, wait_until, write_base};
 
 /// A built disk of 1 GiB, and an endpoint to publish it to.
 struct Stage {
@@ -41,14 +41,9 @@ impl Stage {
     /// Of a recipe with these tables.
     fn of(recipe: &str) -> Self {
         let bench = Bench::empty();
-        let base = bench.path("base.raw");
-        write_base(&base, Base::Mbr);
-        // Enough data for several parts. Behind the base's partition, where it takes mke2fs no time.
-        let base = std::fs::File::options().write(true).open(base).unwrap();
-        let (end, piece) = (base.metadata().unwrap().len(), [b'd'; 1 << 16]);
-        for at in (0..40 << 20).step_by(piece.len()) {
-            base.write_all_at(&piece, end + at).unwrap();
-        }
+        write_base(&bench.path("base.raw"), Base::Mbr);
+        // Enough for several parts.
+        append_data(&bench.path("base.raw"), 40 << 20);
         bench.recipe(recipe);
         bench.build(&json!({})).run().succeeded();
         let disk = stamp(&bench);
@@ -57,6 +52,14 @@ impl Stage {
 
     fn publish(&self) -> Kiln {
         self.aws.with(self.bench.kiln(["-q", "publish", "out/web"]))
+    }
+
+    /// A publish that waits for its import, which goes on for ever.
+    fn importing(&self) -> Running {
+        self.aws.control("POST", "import", Some(&json!({ "hold": true })));
+        let kiln = self.publish().start();
+        wait_until("the import", || self.aws.resources()[4] == 1);
+        kiln
     }
 
     /// Publishing fails with `code`; nothing of it is left at the endpoint but `left`, and the disk is as it was.

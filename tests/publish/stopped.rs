@@ -4,7 +4,6 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::{NOTHING, Stage, without_key, word};
-use crate::support::wait_until;
 
 /// Stops publishing while a call of `action` is met by `fault`.
 #[track_caller]
@@ -82,9 +81,7 @@ fn ctrl_c_while_something_is_awaited() {
 #[test]
 fn ctrl_c_while_the_import_runs_cancels_it() {
     let stage = Stage::new();
-    stage.aws.control("POST", "import", Some(&json!({ "hold": true })));
-    let kiln = stage.publish().start();
-    wait_until("the import", || stage.aws.resources()[4] == 1);
+    let kiln = stage.importing();
     kiln.signal(Signal::INT);
     let said = without_key(&kiln.end().failed(130));
     insta::assert_snapshot!(said.replace(&word(&said, "import-snap-"), "TASK"), @r"
@@ -111,10 +108,8 @@ fn ctrl_c_while_the_image_is_pending() {
 #[test]
 fn a_second_ctrl_c_does_not_wait() {
     let stage = Stage::new();
-    stage.aws.control("POST", "import", Some(&json!({ "hold": true })));
     stage.aws.fault(&json!({ "action": "ec2:CancelImportTask", "delay": 20 }));
-    let kiln = stage.publish().start();
-    wait_until("the import", || stage.aws.resources()[4] == 1);
+    let kiln = stage.importing();
     kiln.signal(Signal::INT);
     stage.aws.wait_for("ec2:CancelImportTask");
     let pressed = std::time::Instant::now();
