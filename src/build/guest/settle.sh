@@ -13,6 +13,8 @@ elif [ -r /run/kiln/units ]; then
     read -r base </run/kiln/units
     # None that has a private /tmp: what the seal removes there would stay on the disk, unnamed, while it is mounted.
     quiet='systemd-udevd.service dbus.service'
+    # A package may have started it, only to wait for the network. Stopped, it comes back by its socket.
+    quiet="$quiet systemd-networkd.service systemd-networkd-wait-online.service"
     # Its files are in /run until it is told that there is a disk.
     [ -e /run/systemd/journal/flushed ] || quiet="$quiet systemd-journald.service"
 fi
