@@ -316,8 +316,15 @@ impl<'a> Pass<'a> {
         Ok(())
     }
 
-    /// Reads, hashes and writes one block; outside the pieces it is a hole.
+    /// Reads, hashes and writes one block; outside the pieces it is a hole. What need not be hashed, the kernel copies.
     fn block(&self, block: &Range<u64>, pieces: &[Range<u64>], buffer: &mut [u8]) -> Result<Digest, Error> {
+        let known = self.known.and_then(|known| known.block(block.start / BLOCK));
+        if let (Some(digest), Some((file, _))) = (known, self.out) {
+            let inside = |piece: &Range<u64>| piece.start.max(block.start)..piece.end.min(block.end);
+            if pieces.iter().all(|piece| self.image.copy_within_kernel(inside(piece), file)) {
+                return Ok(digest);
+            }
+        }
         let whole = matches!(pieces, [only] if only.start <= block.start && only.end >= block.end);
         if !whole {
             buffer.fill(0);
@@ -327,7 +334,6 @@ impl<'a> Pass<'a> {
             let part = &mut buffer[within(piece.start)..within(piece.end)];
             self.image.read(piece.start.max(block.start), part)?;
         }
-        let known = self.known.and_then(|known| known.block(block.start / BLOCK));
         let digest = known.unwrap_or_else(|| Digest::of(buffer));
         if let Some((file, path)) = self.out {
             for piece in pieces {

@@ -29,6 +29,20 @@ pub trait ReadAt: Send + Sync {
         let size = self.size()?;
         Ok((from < size.min(until)).then_some(from..size))
     }
+
+    /// The file where the bytes from `offset` on lie just as they read, where in it, and for how many bytes that is so,
+    /// `len` at most; `None` where they are in no file.
+    fn stored(&self, offset: u64, len: u64) -> Option<Stored<'_>> {
+        let _ = (offset, len);
+        None
+    }
+}
+
+/// A stretch of a file.
+pub struct Stored<'a> {
+    pub(super) file: &'a File,
+    pub(super) offset: u64,
+    pub(super) len: u64,
 }
 
 impl ReadAt for File {
@@ -63,6 +77,10 @@ impl ReadAt for File {
         };
         let end = seek(self, SeekFrom::Hole(start))?;
         Ok(Some(start..end))
+    }
+
+    fn stored(&self, offset: u64, len: u64) -> Option<Stored<'_>> {
+        Some(Stored { file: self, offset, len })
     }
 }
 
@@ -141,6 +159,27 @@ impl Image {
     /// [`Error::Read`], also if `buf` reaches past the end.
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), Error> {
         self.reader.read_at(offset, buf).map_err(|source| Error::read(&self.path, offset, source))
+    }
+
+    /// Has the kernel copy a range into the same place of `out` (`copy_file_range(2)`): where the filesystem can share
+    /// blocks between files nothing is read or written. `false` if it can't be done, or only in part.
+    pub(super) fn copy_within_kernel(&self, range: Range<u64>, out: &File) -> bool {
+        let mut at = range.start;
+        while at < range.end {
+            let Some(stored) = self.stored(at, range.end - at) else { return false };
+            let length = usize::try_from(stored.len).unwrap_or(usize::MAX);
+            let (mut from, mut to) = (stored.offset, at);
+            match rustix::fs::copy_file_range(stored.file, Some(&mut from), out, Some(&mut to), length) {
+                Ok(copied @ 1..) => at += copied as u64,
+                Ok(_) | Err(_) => return false,
+            }
+        }
+        true
+    }
+
+    /// See [`ReadAt::stored`].
+    pub(super) fn stored(&self, offset: u64, len: u64) -> Option<Stored<'_>> {
+        self.reader.stored(offset, len)
     }
 
     /// The first range of data that ends after `from`, up to a hole; see [`ReadAt::next_data`].

@@ -1,6 +1,6 @@
 //! Reading an overlay that kiln made and QEMU wrote to.
 
-use super::image::ReadAt;
+use super::image::{ReadAt, Stored};
 use super::qcow2::{Cluster, Header, l2_offset};
 use super::{Error, Image};
 use std::fs::File;
@@ -285,6 +285,20 @@ impl ReadAt for Overlay {
         }
         Ok(None)
     }
+
+    fn stored(&self, offset: u64, len: u64) -> Option<Stored<'_>> {
+        let extent = self.extent_at(offset, offset.checked_add(len)?);
+        match (extent.kind, &self.backing) {
+            (ExtentKind::Data { host_offset }, _) => {
+                let len = extent.len.min(self.file_len.saturating_sub(host_offset));
+                (len > 0).then_some(Stored { file: &self.file, offset: host_offset, len })
+            }
+            (ExtentKind::Backing, Some(backing)) if offset < backing.size() => {
+                backing.stored(offset, extent.len.min(backing.size() - offset))
+            }
+            _ => None,
+        }
+    }
 }
 
 /// QEMU leaves out the zeros at the end of the last cluster.
@@ -492,6 +506,12 @@ mod tests {
                 let mut bytes = vec![0xEE; end - at];
                 overlay.read_at(at as u64, &mut bytes).unwrap();
                 prop_assert!(bytes == wanted[at..end]);
+                // What lies in a file as it reads, lies there.
+                if let Some(stored) = overlay.stored(at as u64, (end - at) as u64) {
+                    bytes.truncate(usize::try_from(stored.len).unwrap());
+                    stored.file.read_exact_at(&mut bytes, stored.offset).unwrap();
+                    prop_assert!(!bytes.is_empty() && bytes == wanted[at..at + bytes.len()]);
+                }
             }
             let mut at = 0;
             for extent in overlay.extents() {
