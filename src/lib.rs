@@ -66,16 +66,18 @@
 //! answers have a port of their own, and output has one; a mark with the command's nonce ends a step's output, so that
 //! a daemon which keeps the port open holds nothing up.
 //!
-//! The guest does not shut down at the end of a build. What steps started is stopped, then its filesystems are unmounted
-//! or made read-only, which leaves them clean, and QEMU is told to quit. Daemons of the boot that write nothing to the disk
-//! (`build/guest/settle.sh` names them) go on until then. Should the disk be busy all the same, as after a step replaced a
-//! library that they use, everything ends or starts again, and in the worst case the root is frozen as it is.
+//! The guest does not shut down at the end of a build. What steps started is stopped, then its filesystems are
+//! unmounted or made read-only, which leaves them clean, and QEMU is told to quit. Daemons of the system that write
+//! nothing to the disk (`build/guest/settle.sh` names them) go on until then. Should the disk be busy all the same, as
+//! after a step replaced a library that they use, everything ends or starts again, and in the worst case the root is
+//! frozen as it is.
 //!
 //! # Layers
-//! After the boot of the base and after each step the build leaves a *layer* in the [`store`]: the overlay that the guest
-//! wrote, and, where taking it up again saves more than keeping it costs, the guest's memory ([`vm::memory`]). The guest
-//! goes on in a new overlay meanwhile. A layer's key ([`plan::Plan`]) is the digest of everything that can change its
-//! content, its parent's key included; a later build begins at the deepest layer that is there (`build/layers.rs`).
+//! After the boot of the base and after each step the build leaves a *layer* in the [`store`]: the overlay that the
+//! guest wrote, and, where taking it up again saves more than keeping it costs, the guest ([`vm::checkpoint`]) with its
+//! memory ([`vm::memory`]). The guest goes on in a new overlay meanwhile. A layer's key ([`plan::Plan`]) is the digest
+//! of everything that can change its content, its parent's key included; a later build begins at the deepest layer that
+//! is there (`build/layers.rs`).
 //!
 //! - A memory state is taken only by the machine that it came from: QEMU, its arguments, the processor. Any other boots
 //!   the layer's disk, which was written out before it was kept, and keeps the layer once more with its own memory.

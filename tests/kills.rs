@@ -56,7 +56,7 @@ impl Changing<'_> {
 
     fn start(&self) -> Running {
         // A step that takes a moment, so that there is one to be killed in.
-        self.bench.build(&json!({ "step s2": [["sleep", 0.02]], "qmp migrate": [["memory", 1 << 20]] })).start()
+        self.bench.build(&json!({ "step s2": [["sleep", 0.02]], "qmp stop": [["memory", 1 << 20]] })).start()
     }
 }
 

@@ -1,6 +1,7 @@
 //! The build guest: started by the way the plan chose, asked to run things, started again after a reboot.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use crate::plan::{BootPath, Plan};
 use crate::recipe::{Network, Recipe};
 use crate::units::show_duration;
 use crate::vm::guest::{Ended, Guest};
+use crate::vm::memory::GuestMemory;
 use crate::vm::process::{Launch, Machine};
 use crate::vm::spec::{self, Accelerator, Boot, DiskBus, MemoryState, Spec};
 use crate::vm::{self, Sink, filter, host::Host, seed};
@@ -110,7 +112,7 @@ impl Session<'_> {
         self.boots += 1;
         let limit = self.recipe.machine.timeout.unwrap_or(BOOT_LIMIT);
         let (mut left, patience) = (limit, FIRST_READ.min(limit / 5));
-        let mut machine = self.machine(MemoryState::Savable)?;
+        let mut machine = self.fresh_machine()?;
         // A boot loader reads before the kernel does, so that nothing could be told of that.
         let may_hang = self.accelerator == Accelerator::Tcg && matches!(self.plan.boot, BootPath::Direct);
         let starts = if may_hang { STARTS } else { 1 };
@@ -121,7 +123,7 @@ impl Session<'_> {
             let waited = show_duration(patience);
             self.events.warn(format!("the guest has not read its disk for {waited}: starting it again"));
             machine.end();
-            machine = self.machine(MemoryState::Savable)?;
+            machine = self.fresh_machine()?;
             left -= patience;
         }
         self.network_up = false;
@@ -130,10 +132,25 @@ impl Session<'_> {
 
     /// Takes up a guest whose memory was kept. An error is the guest's or the file's; a boot may still do.
     pub(super) fn resume(&mut self, memory: &Path, network_up: bool) -> Result<Guest, Error> {
-        let mut machine = self.machine(MemoryState::Restored)?;
-        machine.restore(memory, self.scratch).map_err(guest_failure)?;
+        let reading = |error| Error::io("cannot read the guest's memory", &error);
+        let file = File::open(memory).map_err(reading)?;
+        let memory = self.memory()?;
+        // While QEMU starts.
+        let loading = Arc::clone(&memory).load(file);
+        let mut machine = self.machine(MemoryState::Restored(memory.path()))?.with_memory(memory);
+        machine.restore(loading, self.scratch).map_err(guest_failure)?;
         self.network_up = network_up;
         Guest::wake(machine, RESUME_LIMIT).map_err(guest_failure)
+    }
+
+    fn memory(&self) -> Result<Arc<GuestMemory>, Error> {
+        let memory = GuestMemory::create(self.recipe.machine.memory);
+        Ok(Arc::new(memory.map_err(|error| Error::io("cannot make the guest's memory", &error))?))
+    }
+
+    fn fresh_machine(&mut self) -> Result<Machine, Error> {
+        let memory = self.memory()?;
+        Ok(self.machine(MemoryState::Savable(memory.path()))?.with_memory(memory))
     }
 
     fn machine(&mut self, memory_state: MemoryState) -> Result<Machine, Error> {
@@ -165,7 +182,7 @@ impl Session<'_> {
             BootPath::Direct => Boot::Direct { kernel: PathBuf::new(), initrd: None, command_line: command_line(root) },
             BootPath::Firmware { .. } => Boot::Bios,
         };
-        self.spec_with(boot, MemoryState::Savable).shape()
+        self.spec_with(boot, MemoryState::Savable(PathBuf::new())).shape()
     }
 
     fn spec(&self, memory_state: MemoryState) -> Result<Spec, Error> {

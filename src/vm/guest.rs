@@ -7,8 +7,8 @@ use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::Error;
+use super::checkpoint::Saved;
 use super::keyboard;
-use super::memory::Saved;
 use super::output::Sink;
 use super::process::{Machine, Mirror, Signal};
 use crate::units::hex;

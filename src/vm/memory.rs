@@ -1,207 +1,364 @@
-//! A running guest is kept: its disk goes on in a new overlay, its memory goes into a file, and later another QEMU takes
-//! both up where they were.
+//! A guest's memory: a file without a name that QEMU maps, so that kiln can keep what is in it and fill it again, on all
+//! processors and without QEMU in between. QEMU's own stream of a saved guest then has only its devices.
 //!
-//! QEMU's migration stream passes through kiln on a UNIX socket, so that it is compressed on its way, and no program is
-//! needed in between. While the stream is written the guest stands still, so it is written once and is consistent with
-//! the disk that was left behind.
+//! What is kept is one file, in any order but for its end:
+//!
+//! ```text
+//! "kilnmem1"
+//! record...   a chunk of the memory: those of its pages that are not zero
+//! record      the devices: QEMU's stream. Who finds it last has found everything.
+//! ```
+//!
+//! A record is a head ([`Head`], little-endian) and its bytes, compressed as one LZ4 block: memory shrinks two- to
+//! fourfold, and that is faster than to have the host take twice as many bytes.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::hash::Hasher as _;
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{JoinHandle, ScopedJoinHandle};
 
-use lz4_flex::frame::{FrameDecoder, FrameEncoder, FrameInfo};
-use serde_json::json;
+use lz4_flex::block::{compress_into, decompress_into, get_maximum_output_size};
+use rustix::fs::{MemfdFlags, SeekFrom, memfd_create, seek};
+use twox_hash::XxHash64;
 
-use super::Error;
-use super::process::{Machine, Signal};
-use super::spec::MEMORY_SOCKET;
+use crate::units::Size;
 
-/// How long a guest's memory may take to be written or read.
-const LIMIT: Duration = Duration::from_secs(300);
-/// Where the memory of a guest that is saved comes out.
-const SAVE_SOCKET: &str = "memory-out";
+const MAGIC: [u8; 8] = *b"kilnmem1";
+const PAGE: usize = 4096;
+const PAGES: usize = 256;
+/// What a record of memory stands for, in bytes.
+const CHUNK: usize = PAGES * PAGE;
+/// The number of the record that has the devices.
+const DEVICES: u64 = u64::MAX;
+/// More than the devices of any machine take.
+const MOST_DEVICES: usize = 64 << 20;
+/// More would wait for the file.
+const MOST_THREADS: usize = 8;
+const ZEROS: [u8; PAGE] = [0; PAGE];
 
-/// What saving a guest cost.
-#[derive(Debug, Clone, Copy)]
-pub struct Saved {
-    /// How long the guest stood still.
-    pub took: Duration,
-    /// Bytes of the stream before it was compressed.
-    pub stream: u64,
+/// The memory of one guest. It is gone when neither this nor QEMU has it any more.
+#[derive(Debug)]
+pub struct GuestMemory {
+    file: File,
+    size: u64,
 }
 
-impl Machine {
-    /// Lets the guest go on in the overlay `fresh`, which must be empty and have the guest's present disk behind it.
-    /// That disk is not written any more. With `memory` the guest's memory at that moment is written there.
-    ///
-    /// `node` names the block node that is written now, `next` the new one. `folder` is where QEMU runs.
+/// A guest's memory that is being read from a file.
+pub struct Loading(JoinHandle<io::Result<Vec<u8>>>);
+
+impl GuestMemory {
+    /// An empty memory: it reads as zeros, and takes no room.
     ///
     /// # Errors
-    /// When QEMU refuses or dies, or the file can't be written. The guest may stand still then.
-    pub fn checkpoint(
-        &mut self,
-        (node, next): (String, String),
-        fresh: &Path,
-        memory: Option<&Path>,
-        folder: &Path,
-    ) -> Result<Saved, Error> {
-        let started = Instant::now();
-        self.monitor("stop", &json!({}))?;
-        let overlay = json!({
-            "driver": "qcow2", "node-name": next, "discard": "unmap", "backing": null,
-            "file": { "driver": "file", "filename": fresh, "discard": "unmap" },
-            "cache": { "no-flush": true },
-        });
-        self.monitor("blockdev-add", &overlay)?;
-        self.monitor("blockdev-snapshot", &json!({ "node": node, "overlay": next }))?;
-        let stream = match memory {
-            Some(path) => self.save(path, folder)?,
-            None => 0,
-        };
-        self.monitor("cont", &json!({}))?;
-        Ok(Saved { took: started.elapsed(), stream })
+    /// When the host has no more files to give.
+    pub fn create(size: Size) -> io::Result<Self> {
+        let file = File::from(memfd_create("guest-memory", MemfdFlags::CLOEXEC)?);
+        file.set_len(size.bytes())?;
+        Ok(Self { file, size: size.bytes() })
     }
 
-    fn save(&mut self, path: &Path, folder: &Path) -> Result<u64, Error> {
-        let (listener, socket) = listen(folder).map_err(Error::io("cannot make sockets"))?;
+    /// Where QEMU finds it, as long as kiln has it.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()).into()
+    }
+
+    /// Begins a file that keeps this memory: all but the devices. The guest must stand still meanwhile.
+    ///
+    /// # Errors
+    /// When the file can't be written.
+    pub(super) fn keep(&self, path: &Path) -> io::Result<Keeping> {
         // It may hold what nobody else shall read.
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
-        let file = file.map_err(Error::io("cannot write the guest's memory"))?;
-        let writer = std::thread::spawn(move || {
-            let (stream, _) = listener.accept()?;
-            compress(stream, file)
-        });
-        self.announce_migration()?;
-        self.monitor("migrate", &json!({ "uri": format!("unix:{SAVE_SOCKET}") }))?;
-        let saved = self.wait_for_migration("the guest's memory to be written");
-        let _ = std::fs::remove_file(socket);
-        if saved.is_err() {
-            // The writer waits for a QEMU that may never connect: it is left to end with the process.
-            saved?;
-        }
-        let written = writer.join().unwrap_or_else(|_| Err(io::Error::other("the writer panicked")));
-        written.map_err(Error::io("cannot write the guest's memory"))
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        file.write_all(&MAGIC)?;
+        let keeping = Keeping { file: Mutex::new(file), bytes: AtomicU64::new(0) };
+        let next = AtomicU64::new(0);
+        on_all_processors(|| {
+            let (mut plain, mut packed) = (vec![0; CHUNK], Vec::new());
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                if index * CHUNK as u64 >= self.size {
+                    return Ok(());
+                }
+                let (pages, bytes) = self.chunk(index, &mut plain)?;
+                if bytes > 0 {
+                    keeping.write(index, pages, &plain[..bytes], &mut packed)?;
+                }
+            }
+        })?;
+        Ok(keeping)
     }
 
-    /// Gives a QEMU that waits for it a saved memory, and lets the guest go on.
+    /// Which pages of a chunk are not zero, and how many bytes they have, which are in `plain` then, one after the other.
+    fn chunk(&self, index: u64, plain: &mut [u8]) -> io::Result<(Pages, usize)> {
+        let start = index * CHUNK as u64;
+        let end = self.size.min(start + CHUNK as u64);
+        let (mut pages, mut bytes) = (Pages::default(), 0);
+        // What no guest has touched is a hole: nothing is read there.
+        match seek(&self.file, SeekFrom::Data(start)) {
+            Ok(data) if data < end => {}
+            Ok(_) | Err(rustix::io::Errno::NXIO) => return Ok((pages, bytes)),
+            Err(error) => return Err(error.into()),
+        }
+        let len = usize::try_from(end - start).unwrap_or(CHUNK);
+        self.file.read_exact_at(&mut plain[..len], start)?;
+        for page in 0..len / PAGE {
+            let range = page * PAGE..(page + 1) * PAGE;
+            if plain[range.clone()] != ZEROS {
+                pages[page / 8] |= 1 << (page % 8);
+                plain.copy_within(range, bytes);
+                bytes += PAGE;
+            }
+        }
+        Ok((pages, bytes))
+    }
+
+    /// Fills this memory, which must be empty, with what `file` has kept, in the background.
+    #[must_use]
+    pub fn load(self: Arc<Self>, file: File) -> Loading {
+        Loading(std::thread::spawn(move || self.fill(file)))
+    }
+
+    fn fill(&self, mut file: File) -> io::Result<Vec<u8>> {
+        let mut magic = [0; MAGIC.len()];
+        file.read_exact(&mut magic)?;
+        if magic != MAGIC {
+            return Err(damaged());
+        }
+        let (file, devices) = (Mutex::new(file), Mutex::new(None));
+        on_all_processors(|| {
+            let (mut plain, mut packed) = (vec![0; CHUNK], Vec::new());
+            while let Some(head) = Head::read(&file, &mut packed)? {
+                if head.index == DEVICES {
+                    let mut stream = vec![0; head.plain];
+                    unpack(&packed, &mut stream)?;
+                    *lock(&devices) = Some(stream);
+                } else {
+                    let plain = plain.get_mut(..head.plain).ok_or_else(damaged)?;
+                    unpack(&packed, plain)?;
+                    self.put(&head, plain)?;
+                }
+            }
+            Ok(())
+        })?;
+        devices.into_inner().unwrap_or_else(PoisonError::into_inner).ok_or_else(damaged)
+    }
+
+    /// Writes a chunk's pages where they belong.
+    fn put(&self, head: &Head, mut plain: &[u8]) -> io::Result<()> {
+        let start = head.index.checked_mul(CHUNK as u64).filter(|start| *start < self.size).ok_or_else(damaged)?;
+        let present = |page: &usize| head.pages[page / 8] & 1 << (page % 8) != 0;
+        let mut page = 0;
+        while page < PAGES {
+            let end = (page..PAGES).find(|page| !present(page)).unwrap_or(PAGES);
+            let (run, rest) = plain.split_at_checked((end - page) * PAGE).ok_or_else(damaged)?;
+            self.file.write_all_at(run, start + (page * PAGE) as u64)?;
+            (plain, page) = (rest, end + 1);
+        }
+        Ok(())
+    }
+}
+
+impl Loading {
+    /// The stream of the devices, once the memory is filled.
     ///
     /// # Errors
-    /// When the file is damaged, or QEMU doesn't take it.
-    pub fn restore(&mut self, memory: &Path, folder: &Path) -> Result<(), Error> {
-        let file = File::open(memory).map_err(Error::io("cannot read the guest's memory"))?;
-        self.announce_migration()?;
-        self.monitor("migrate-incoming", &json!({ "uri": format!("unix:{MEMORY_SOCKET}") }))?;
-        let stream = connect(folder).map_err(Error::io("cannot reach QEMU"))?;
-        let reader = std::thread::spawn(move || decompress(file, stream));
-        let restored = self.wait_for_migration("the guest's memory to be read");
-        let read = reader.join().unwrap_or_else(|_| Err(io::Error::other("the reader panicked")));
-        // QEMU's word for a stream that ends early says less than the reader's.
-        if let Err(error) = read
-            && error.kind() != io::ErrorKind::BrokenPipe
-        {
-            return Err(Error::io("cannot read the guest's memory")(error));
+    /// When the file can't be read, or is not whole.
+    pub fn wait(self) -> io::Result<Vec<u8>> {
+        self.0.join().unwrap_or_else(|_| Err(io::Error::other("the reader panicked")))
+    }
+}
+
+/// A file that keeps a memory, and lacks the devices.
+pub(super) struct Keeping {
+    file: Mutex<File>,
+    bytes: AtomicU64,
+}
+
+impl Keeping {
+    /// Ends the file. How many bytes it keeps, before they were compressed.
+    ///
+    /// # Errors
+    /// When it can't be written.
+    pub(super) fn end(self, devices: &[u8]) -> io::Result<u64> {
+        self.write(DEVICES, Pages::default(), devices, &mut Vec::new())?;
+        Ok(self.bytes.into_inner())
+    }
+
+    fn write(&self, index: u64, pages: Pages, plain: &[u8], packed: &mut Vec<u8>) -> io::Result<()> {
+        packed.resize(get_maximum_output_size(plain.len()), 0);
+        let length = compress_into(plain, packed).map_err(io::Error::other)?;
+        let head = Head { index, pages, plain: plain.len(), packed: length };
+        self.bytes.fetch_add(plain.len() as u64, Ordering::Relaxed);
+        let head = head.bytes(&packed[..length])?;
+        let mut file = lock(&self.file);
+        file.write_all(&head)?;
+        file.write_all(&packed[..length])
+    }
+}
+
+/// Which pages of a chunk a record has: a bit for each.
+type Pages = [u8; PAGES / 8];
+
+/// What stands before a record's bytes.
+struct Head {
+    index: u64,
+    pages: Pages,
+    /// Lengths in bytes, before and after compression.
+    plain: usize,
+    packed: usize,
+}
+
+impl Head {
+    /// Number, pages, two lengths, and a checksum over all that and the record's bytes.
+    const BYTES: usize = 8 + PAGES / 8 + 4 + 4 + 8;
+
+    fn bytes(&self, packed: &[u8]) -> io::Result<Vec<u8>> {
+        let length = |length: usize| u32::try_from(length).map(u32::to_le_bytes).map_err(io::Error::other);
+        let mut bytes = [&self.index.to_le_bytes()[..], &self.pages].concat();
+        bytes.extend(length(self.plain)?);
+        bytes.extend(length(self.packed)?);
+        bytes.extend(checksum(&bytes, packed).to_le_bytes());
+        Ok(bytes)
+    }
+
+    /// The next record, its bytes in `packed`; none after the last.
+    fn read(file: &Mutex<File>, packed: &mut Vec<u8>) -> io::Result<Option<Self>> {
+        let mut bytes = Vec::with_capacity(Self::BYTES);
+        let mut file = lock(file);
+        (&*file).take(Self::BYTES as u64).read_to_end(&mut bytes)?;
+        if bytes.is_empty() {
+            return Ok(None);
         }
-        restored?;
-        self.monitor("cont", &json!({}))?;
-        Ok(())
-    }
-
-    fn announce_migration(&mut self) -> Result<(), Error> {
-        let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
-        self.monitor("migrate-set-capabilities", &events)?;
-        // The default would take seconds for what a socket carries in a moment.
-        self.monitor("migrate-set-parameters", &json!({ "max-bandwidth": 1_u64 << 40 }))?;
-        Ok(())
-    }
-
-    fn wait_for_migration(&mut self, awaited: &str) -> Result<(), Error> {
-        let status = self.wait_for(awaited, LIMIT, |signal| match signal {
-            Signal::Event(event) if event["event"] == "MIGRATION" => {
-                let status = event["data"]["status"].as_str().unwrap_or_default();
-                matches!(status, "completed" | "failed" | "cancelled").then(|| status.to_owned())
-            }
-            _ => None,
-        })?;
-        match status.as_str() {
-            "completed" => Ok(()),
-            status => Err(Error::Monitor { command: "migrate".to_owned(), answer: status.to_owned() }),
+        let number = |at: usize| bytes.get(at..at + 8)?.try_into().ok().map(u64::from_le_bytes);
+        let length = |at: usize| bytes.get(at..at + 4)?.try_into().ok().map(u32::from_le_bytes)?.try_into().ok();
+        let head = || {
+            let pages = bytes.get(8..8 + PAGES / 8)?.try_into().ok()?;
+            Some((Self { index: number(0)?, pages, plain: length(40)?, packed: length(44)? }, number(48)?))
+        };
+        let (head, sum) = head().ok_or_else(damaged)?;
+        let most = if head.index == DEVICES { MOST_DEVICES } else { CHUNK };
+        if head.plain > most || head.packed > get_maximum_output_size(most) {
+            return Err(damaged());
         }
+        packed.resize(head.packed, 0);
+        file.read_exact(packed)?;
+        drop(file);
+        if checksum(&bytes[..48], packed) == sum { Ok(Some(head)) } else { Err(damaged()) }
     }
 }
 
-/// Through `/proc/self/fd`, so that a folder of any depth will do.
-fn listen(folder: &Path) -> io::Result<(UnixListener, PathBuf)> {
-    let handle = File::open(folder)?;
-    let path = folder.join(SAVE_SOCKET);
-    let _ = std::fs::remove_file(&path);
-    let listener = UnixListener::bind(format!("/proc/self/fd/{}/{SAVE_SOCKET}", handle.as_raw_fd()))?;
-    Ok((listener, path))
+fn unpack(packed: &[u8], plain: &mut [u8]) -> io::Result<()> {
+    if decompress_into(packed, plain).is_ok_and(|length| length == plain.len()) { Ok(()) } else { Err(damaged()) }
 }
 
-fn connect(folder: &Path) -> io::Result<UnixStream> {
-    let handle = File::open(folder)?;
-    let stream = UnixStream::connect(format!("/proc/self/fd/{}/{MEMORY_SOCKET}", handle.as_raw_fd()))?;
-    let _ = std::fs::remove_file(folder.join(MEMORY_SOCKET));
-    Ok(stream)
+fn checksum(head: &[u8], packed: &[u8]) -> u64 {
+    let mut hasher = XxHash64::default();
+    hasher.write(head);
+    hasher.write(packed);
+    hasher.finish()
 }
 
-/// Memory compresses two- to fourfold even by LZ4, which is as fast as the page cache takes it. The frame's checksum
-/// tells a damaged file from a whole one.
-fn compress(stream: impl Read, file: File) -> io::Result<u64> {
-    let info = FrameInfo::new().content_checksum(true).block_checksums(true);
-    let mut encoder = FrameEncoder::with_frame_info(info, BufWriter::with_capacity(1 << 20, file));
-    let bytes = copy(stream, &mut encoder)?;
-    encoder.finish().map_err(io::Error::other)?.flush()?;
-    Ok(bytes)
+fn damaged() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "it is damaged")
 }
 
-fn decompress(file: File, mut stream: UnixStream) -> io::Result<u64> {
-    let bytes = copy(FrameDecoder::new(BufReader::with_capacity(1 << 20, file)), &mut stream);
-    // Without this QEMU would wait for more.
-    let _ = stream.shutdown(std::net::Shutdown::Write);
-    bytes
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn copy(mut from: impl Read, to: &mut impl Write) -> io::Result<u64> {
-    let mut buffer = vec![0; 1 << 18];
-    let mut bytes = 0;
-    while let n @ 1.. = from.read(&mut buffer)? {
-        to.write_all(&buffer[..n])?;
-        bytes += n as u64;
-    }
-    Ok(bytes)
+/// Runs it on as many threads as there are processors, and waits for all; the first error is the result.
+fn on_all_processors(work: impl Fn() -> io::Result<()> + Sync) -> io::Result<()> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..threads).map(|_| scope.spawn(&work)).collect();
+        let results = threads.into_iter().map(ScopedJoinHandle::join);
+        let results = results.map(|result| result.unwrap_or_else(|_| Err(io::Error::other("a thread panicked"))));
+        results.fold(Ok(()), Result::and)
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    fn filled(size: u64, pieces: &[(u64, Vec<u8>)]) -> GuestMemory {
+        let memory = GuestMemory::create(Size(size)).unwrap();
+        for (at, bytes) in pieces {
+            memory.file.write_all_at(bytes, *at).unwrap();
+        }
+        memory
+    }
+
+    fn content(memory: &GuestMemory) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(memory.size).unwrap()];
+        memory.file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    fn loaded(path: &Path, size: u64) -> io::Result<(GuestMemory, Vec<u8>)> {
+        let memory = Arc::new(GuestMemory::create(Size(size)).unwrap());
+        let devices = Arc::clone(&memory).load(File::open(path).unwrap()).wait()?;
+        Ok((Arc::into_inner(memory).unwrap(), devices))
+    }
+
+    const MIB: u64 = 1 << 20;
 
     #[test]
-    fn what_was_saved_comes_back_and_damage_is_noticed() {
+    fn damage_is_noticed() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("memory");
-        let memory: Vec<u8> = (0..3_000_000_u32).flat_map(|n| (n / 7).to_le_bytes()).collect();
-        let restored = || {
-            let (ours, mut theirs) = UnixStream::pair().unwrap();
-            let file = File::open(&path).unwrap();
-            let sender = std::thread::spawn(move || decompress(file, ours));
-            let mut bytes = Vec::new();
-            theirs.read_to_end(&mut bytes).unwrap();
-            sender.join().unwrap().map(|_| bytes)
-        };
-        assert_eq!(compress(&memory[..], File::create(&path).unwrap()).unwrap(), memory.len() as u64);
-        assert!(restored().unwrap() == memory);
+        let noise: Vec<u8> = (0..700_000_u32).flat_map(|n| (n / 7).to_le_bytes()).collect();
+        let memory = filled(16 * MIB, &[(5 * MIB - 4096, noise)]);
+        assert_eq!(memory.keep(&path).unwrap().end(b"the devices").unwrap(), 2_801_664 + 11);
         let whole = std::fs::read(&path).unwrap();
-        assert!(whole.len() < memory.len() / 2);
-        let mut damaged = whole.clone();
-        damaged[whole.len() / 2] ^= 1;
-        std::fs::write(&path, damaged).unwrap();
-        assert!(restored().is_err());
-        std::fs::write(&path, &whole[..whole.len() / 2]).unwrap();
-        assert!(restored().is_err(), "cut short");
+        assert!(whole.len() < 1_400_000);
+        let (restored, devices) = loaded(&path, 16 * MIB).unwrap();
+        assert!(content(&restored) == content(&memory));
+        assert_eq!(devices, b"the devices");
+        // The holes are holes again.
+        assert!(rustix::fs::fstat(&restored.file).unwrap().st_blocks < 3 * 2048);
+        assert!(loaded(&path, 4 * MIB).is_err(), "of a larger guest");
+        for at in (0..whole.len()).step_by(whole.len() / 300) {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1;
+            std::fs::write(&path, damaged).unwrap();
+            assert!(loaded(&path, 16 * MIB).is_err(), "byte {at}");
+            std::fs::write(&path, &whole[..at]).unwrap();
+            assert!(loaded(&path, 16 * MIB).is_err(), "cut at {at}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
+        /// What was kept comes back, wherever it is, and what is zero takes no room again.
+        #[test]
+        fn comes_back(
+            pages in 1_u64..700,
+            pieces in proptest::collection::vec((0_u64..700, 1_usize..90_000, 0_u8..3), 0..8),
+            devices in proptest::collection::vec(any::<u8>(), 0..3000),
+        ) {
+            let size = pages * PAGE as u64;
+            let pieces: Vec<_> = pieces.into_iter().map(|(page, len, byte)| {
+                let at = page % pages * PAGE as u64;
+                (at, vec![byte; len.min(usize::try_from(size - at).unwrap())])
+            }).collect();
+            let memory = filled(size, &pieces);
+            let folder = tempfile::tempdir().unwrap();
+            let path = folder.path().join("memory");
+            memory.keep(&path).unwrap().end(&devices).unwrap();
+            let (restored, stream) = loaded(&path, size).unwrap();
+            let content = content(&memory);
+            prop_assert!(self::content(&restored) == content);
+            prop_assert_eq!(stream, devices);
+            let full = content.chunks(PAGE).filter(|page| page.iter().any(|byte| *byte != 0)).count();
+            prop_assert_eq!(rustix::fs::fstat(&restored.file).unwrap().st_blocks, i64::try_from(full * 8).unwrap());
+        }
     }
 }

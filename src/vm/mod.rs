@@ -2,6 +2,7 @@
 //! host offers for it ([`host`], [`accelerator`]). Knows nothing of disks' contents, recipes or builds.
 
 pub mod accelerator;
+pub mod checkpoint;
 mod console;
 pub mod filter;
 pub mod guest;

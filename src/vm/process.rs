@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 use super::console::Console;
 pub use super::console::Mirror;
+use super::memory::GuestMemory;
 use super::output::Output;
 use super::spec::{CTL_SOCKET, FRAMES_FROM_GUEST, FRAMES_TO_NETWORK, IN_SOCKET, OUT_SOCKET, QMP_SOCKET, Spec};
 use super::{Error, filter};
@@ -71,6 +72,7 @@ pub struct Machine {
     sender: Sender<Signal>,
     monitor: UnixStream,
     pub(super) agent: Option<AgentStreams>,
+    pub(super) memory: Option<Arc<GuestMemory>>,
     stderr: Stderr,
     console: Console,
     console_input: Option<ChildStdin>,
@@ -137,6 +139,7 @@ impl Machine {
             sender,
             monitor,
             agent,
+            memory: None,
             stderr,
             console,
             console_input,

@@ -100,14 +100,14 @@ pub struct Spec {
 }
 
 /// What a guest's memory holds when it starts, and whether it can be saved later.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MemoryState {
     /// It boots, and is never saved.
     Plain,
-    /// It boots, and may be saved.
-    Savable,
-    /// It waits for a saved guest's memory.
-    Restored,
+    /// It boots in this file, and may be saved.
+    Savable(PathBuf),
+    /// It waits for a saved guest, whose memory will be in this file.
+    Restored(PathBuf),
 }
 
 /// The guest network card's address; the agent's scripts know the card by it.
@@ -122,6 +122,8 @@ pub const IN_SOCKET: &str = "in";
 pub const OUT_SOCKET: &str = "out";
 /// The socket that a restored guest's QEMU listens on for its memory.
 pub const MEMORY_SOCKET: &str = "memory-in";
+/// QEMU's name for the guest's memory.
+const MEMORY: &str = "memory";
 /// The name of the block node that the guest's disk is attached to when QEMU starts.
 pub const ROOT_NODE: &str = "root";
 /// Frames that the guest sent.
@@ -153,6 +155,7 @@ impl Spec {
     pub fn arguments(&self) -> Vec<OsString> {
         let mut arguments = Arguments(Vec::new());
         self.machine(&mut arguments);
+        self.memory(&mut arguments);
         self.drives(&mut arguments);
         self.ports(&mut arguments);
         self.network(&mut arguments);
@@ -175,7 +178,7 @@ impl Spec {
             overlay: nowhere.into(),
             agent: self.agent.as_ref().map(|_| nowhere.into()),
             seed: self.seed.as_ref().map(|_| nowhere.into()),
-            memory_state: MemoryState::Savable,
+            memory_state: MemoryState::Savable(nowhere.into()),
             ..self.clone()
         };
         let words: Vec<_> = alike.arguments().iter().map(|word| word.to_string_lossy().into_owned()).collect();
@@ -204,6 +207,10 @@ impl Spec {
         if let Boot::Uefi { .. } = self.boot {
             machine.push_str(",pflash0=code,pflash1=variables");
         }
+        if self.memory_state != MemoryState::Plain {
+            machine.push_str(",memory-backend=");
+            machine.push_str(MEMORY);
+        }
         arguments.pair("-machine", machine);
         match self.accelerator {
             Accelerator::Kvm => {
@@ -218,18 +225,8 @@ impl Spec {
             }
         }
         arguments.pair("-smp", self.cpus.to_string());
-        arguments.pair("-m", format!("{}M", self.memory.bytes() / MIB));
         arguments.pair("-display", "none");
         arguments.pair("-device", "virtio-rng-pci");
-        if self.memory_state != MemoryState::Plain {
-            // Each QEMU has another id: a kernel that sees it change draws new random numbers (Linux 5.18 and newer).
-            arguments.pair("-device", "vmgenid,guid=auto");
-            // Memory that the guest has given back reads as zeros, and zeros are not saved.
-            arguments.pair("-device", "virtio-balloon-pci,free-page-reporting=on");
-        }
-        if self.memory_state == MemoryState::Restored {
-            arguments.pair("-incoming", "defer");
-        }
         if let Boot::Direct { kernel, initrd, command_line } = &self.boot {
             arguments.pair("-kernel", kernel);
             if let Some(initrd) = initrd {
@@ -246,6 +243,20 @@ impl Spec {
                 let credential = "io.systemd.credential:sysctl.extra=kernel.randomize_va_space=0";
                 arguments.pair("-smbios", format!("type=11,value={credential}"));
             }
+        }
+    }
+
+    fn memory(&self, arguments: &mut Arguments) {
+        arguments.pair("-m", format!("{}M", self.memory.bytes() / MIB));
+        let (MemoryState::Savable(file) | MemoryState::Restored(file)) = &self.memory_state else { return };
+        let (size, file) = (self.memory.bytes() / MIB * MIB, file.display());
+        arguments.pair("-object", format!("memory-backend-file,id={MEMORY},size={size},share=on,mem-path={file}"));
+        // Each QEMU has another id: a kernel that sees it change draws new random numbers (Linux 5.18 and newer).
+        arguments.pair("-device", "vmgenid,guid=auto");
+        // Memory that the guest has given back reads as zeros, and zeros are not saved.
+        arguments.pair("-device", "virtio-balloon-pci,free-page-reporting=on");
+        if let MemoryState::Restored(_) = self.memory_state {
+            arguments.pair("-incoming", "defer");
         }
     }
 
