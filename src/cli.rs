@@ -65,6 +65,15 @@ pub enum Firmware {
     Uefi,
 }
 
+/// How a disk gets to AWS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Via {
+    /// Uploaded to a bucket, and imported from there
+    S3,
+    /// Written block by block into a snapshot (EBS direct)
+    Ebs,
+}
+
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -233,6 +242,9 @@ pub struct Publish {
     /// Bucket for the import, in that region [default: the recipe's]
     #[arg(long)]
     pub bucket: Option<String>,
+    /// How the disk gets to AWS: through a bucket, or block by block into a snapshot [default: the recipe's, then s3]
+    #[arg(long, value_name = "WAY")]
+    pub via: Option<Via>,
     /// The image's name, with {name} {date} {time} {digest:N} {version} [default: the recipe's]
     #[arg(long, value_name = "NAME")]
     pub image_name: Option<String>,

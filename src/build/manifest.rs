@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Exit};
-use crate::recipe::{Recipe, VolumeType};
+use crate::recipe::{Recipe, Via, VolumeType};
 
 /// The version of this format. A change that breaks readers raises it.
 pub const SCHEMA: u32 = 1;
@@ -14,6 +14,8 @@ pub const SCHEMA: u32 = 1;
 pub const FILE: &str = "manifest.json";
 /// The raw disk's name in the output folder.
 pub const DISK: &str = "disk.raw";
+/// The name of its block map there.
+pub const BLOCKS: &str = "blocks";
 
 /// See the module.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -154,6 +156,13 @@ pub struct PublishFacts {
     pub tags: BTreeMap<String, String>,
     /// The importing role.
     pub role: Option<String>,
+    /// How the disk becomes a snapshot: `s3` or `ebs`. Early manifests don't have it.
+    #[serde(default = "default_via")]
+    pub via: String,
+}
+
+fn default_via() -> String {
+    Via::default().as_str().to_owned()
 }
 
 fn default_volume_type() -> String {
@@ -177,6 +186,7 @@ impl PublishFacts {
             volume_type: publish.volume_type.as_str().to_owned(),
             tags: publish.tags.clone(),
             role: publish.role.clone(),
+            via: publish.via.as_str().to_owned(),
         }
     }
 }

@@ -16,7 +16,7 @@ pub(super) const BUILD_LOG: &str = "build.log";
 /// A failed guest's disk among its logs.
 pub(super) const FAILED_DISK: &str = "failed-disk.raw";
 /// The disk's block map in the output folder.
-pub(super) const BLOCKS: &str = "blocks";
+pub(super) use super::manifest::BLOCKS;
 /// What was published from the output folder.
 const PUBLISHED: &str = "published.json";
 

@@ -4,15 +4,17 @@ use std::fs::{File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use kiln::build;
-use kiln::build::manifest::{DISK, Manifest};
-use kiln::cli::Publish;
+use kiln::build::manifest::{BLOCKS, DISK, Manifest};
+use kiln::cli::{self, Publish};
 use kiln::error::{Error, Exit};
 use kiln::event::{Event, Events};
-use kiln::publish::{self, Architecture, BootMode, Request};
+use kiln::publish::{self, Architecture, BootMode, Request, Via};
 use kiln::recipe::{NamePart, aws, name_parts};
+use kiln::store::Store;
 use kiln::units::GIB;
 use serde_json::{Value, json};
 
@@ -27,14 +29,19 @@ const PUBLISHED: &str = "published.json";
 pub(super) fn run(context: &Context<'_>, arguments: Publish) -> Result<(), Error> {
     let manifest = Manifest::read(&arguments.outdir)?;
     let events = context.ui.events();
-    let request = request(&manifest, &arguments, &events)?;
     // Without a cache nothing is known of the disk, and it is read once more.
-    build::check_disk(&arguments.outdir, &manifest, context.store().ok().as_ref(), &events, context.cancel)?;
+    let store = context.store().ok();
+    let request = request(&manifest, &arguments, store.clone(), &events)?;
+    build::check_disk(&arguments.outdir, &manifest, store.as_ref(), &events, context.cancel)?;
     let published = publish::publish(&request, &events, context.cancel)?;
     let result = json!([published]);
     if arguments.dry_run {
         context.ui.result("", &result);
         return Ok(());
+    }
+    if let Some(store) = &store {
+        // The next disk of this recipe is compared with it.
+        store.keep_map(&manifest.digest, &request.block_map);
     }
     if let Err(error) = remember(&arguments.outdir, &json!(published)) {
         // The image exists and its id is printed: that its note could not be kept is no failure.
@@ -67,7 +74,7 @@ fn remember(folder: &Path, image: &Value) -> io::Result<()> {
     Ok(())
 }
 
-fn request(manifest: &Manifest, arguments: &Publish, events: &Events) -> Result<Request, Error> {
+fn request(manifest: &Manifest, arguments: &Publish, store: Option<Store>, events: &Events) -> Result<Request, Error> {
     let facts = &manifest.publish;
     let template =
         arguments.image_name.as_deref().or(facts.image_name.as_deref()).unwrap_or("{name}-{date}-{digest:8}");
@@ -94,7 +101,20 @@ fn request(manifest: &Manifest, arguments: &Publish, events: &Events) -> Result<
         poll: poll()?,
         dry_run: arguments.dry_run,
         timeout: duration("--timeout", &arguments.timeout)?,
+        via: via(manifest, arguments)?,
+        block_map: arguments.outdir.join(BLOCKS),
+        known_map: Arc::new(move |digest| Some(store.as_ref()?.map_path(digest))),
     })
+}
+
+fn via(manifest: &Manifest, arguments: &Publish) -> Result<Via, Error> {
+    match (arguments.via, manifest.publish.via.as_str()) {
+        (Some(cli::Via::Ebs), _) | (None, "ebs") if arguments.bucket.is_some() => {
+            Err(Error::new(Exit::Usage, "EBS direct needs no bucket").help("leave out --bucket, or add --via s3"))
+        }
+        (Some(cli::Via::Ebs), _) | (None, "ebs") => Ok(Via::Ebs),
+        _ => Ok(Via::S3),
+    }
 }
 
 fn region(manifest: &Manifest, arguments: &Publish) -> Result<Option<String>, Error> {

@@ -141,7 +141,7 @@ impl BlockMap {
     }
 
     /// Blocks that were read, put together to a map.
-    pub(super) fn from_data(size: u64, data: impl IntoIterator<Item = (u64, Digest)>) -> Self {
+    pub(crate) fn from_data(size: u64, data: impl IntoIterator<Item = (u64, Digest)>) -> Self {
         let mut map = Self::hole(size);
         for (index, digest) in data {
             map.set(index, digest);

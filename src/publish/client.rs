@@ -38,10 +38,12 @@ const ATTEMPTS: u32 = 5;
 pub(super) struct Clients {
     pub(super) s3: aws_sdk_s3::Client,
     pub(super) ec2: aws_sdk_ec2::Client,
+    pub(super) ebs: aws_sdk_ebs::Client,
     region: String,
     attempts: u32,
     s3_url: LastUrl,
     ec2_url: LastUrl,
+    ebs_url: LastUrl,
 }
 
 impl Clients {
@@ -56,19 +58,22 @@ impl Clients {
             None => usual_region(&metadata).await.ok_or_else(no_region)?,
         };
         let config = load_config(region.clone(), https, metadata, attempts).await;
-        let (s3_url, ec2_url) = (LastUrl::default(), LastUrl::default());
+        let (s3_url, ec2_url, ebs_url) = (LastUrl::default(), LastUrl::default(), LastUrl::default());
         let s3 = aws_sdk_s3::config::Builder::from(&config)
             .endpoint_resolver(PathStyle(DefaultResolver::new()))
             .interceptor(s3_url.clone())
             .build();
         let ec2 = aws_sdk_ec2::config::Builder::from(&config).interceptor(ec2_url.clone()).build();
+        let ebs = aws_sdk_ebs::config::Builder::from(&config).interceptor(ebs_url.clone()).build();
         Ok(Self {
             s3: aws_sdk_s3::Client::from_conf(s3),
             ec2: aws_sdk_ec2::Client::from_conf(ec2),
+            ebs: aws_sdk_ebs::Client::from_conf(ebs),
             region: region.to_string(),
             attempts,
             s3_url,
             ec2_url,
+            ebs_url,
         })
     }
 
@@ -87,7 +92,11 @@ impl Clients {
     where
         E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
     {
-        let url = if call.starts_with("s3:") { &self.s3_url } else { &self.ec2_url };
+        let url = match call.split(':').next() {
+            Some("s3") => &self.s3_url,
+            Some("ebs") => &self.ebs_url,
+            _ => &self.ec2_url,
+        };
         let url = url.clone();
         move |error| Failure::new(call, &url.get(), &error)
     }

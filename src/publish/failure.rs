@@ -8,6 +8,7 @@ use crate::error::{Error, Exit};
 /// Codes that ask for patience: nothing was done.
 const THROTTLED: &[&str] = &[
     "BandwidthLimitExceeded",
+    "ConcurrentLimitExceededException",
     "EC2ThrottledException",
     "PriorRequestNotComplete",
     "RequestLimitExceeded",
@@ -147,6 +148,11 @@ impl Failure {
             Kind::Unreachable | Kind::TimedOut | Kind::Garbled => true,
             Kind::NoCredentials => false,
         }
+    }
+
+    /// Whether AWS asks for patience.
+    pub(super) fn is_throttling(&self) -> bool {
+        self.kind == Kind::Refused && (self.status == 429 || self.is_one_of(THROTTLED))
     }
 
     /// Whether AWS may have done what was asked although no good answer came.

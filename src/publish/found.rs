@@ -8,7 +8,7 @@ use aws_sdk_ec2::types::{Filter, Image, ImageState, ImportSnapshotTask, Snapshot
 
 use super::failure::Failure;
 use super::import::{self, State};
-use super::{Job, image, rules};
+use super::{Job, Via, image, rules};
 use crate::error::Error;
 
 /// What is there already.
@@ -33,6 +33,9 @@ pub(super) async fn look(job: &Job<'_>) -> Result<Found, Error> {
     let snapshots = may_look(job, "snapshots", job.stop.or("the snapshots of this disk", snapshots(job)).await?)?;
     if let Some(id) = snapshots.iter().find_map(|snapshot| whole(job, snapshot)) {
         return Ok(Found::Snapshot { id });
+    }
+    if job.request.via == Via::Ebs {
+        return Ok(Found::Nothing);
     }
     let task = may_look(job, "imports", job.stop.or("the imports of this disk", Box::pin(task(job))).await?)?;
     Ok(task.unwrap_or(Found::Nothing))
@@ -122,7 +125,7 @@ async fn is_useful(job: &Job<'_>, task: &ImportSnapshotTask) -> Result<bool, Fai
 }
 
 /// A permission to look that is missing costs an upload, not the publish.
-fn may_look<T: Default>(job: &Job<'_>, what: &str, answer: Result<T, Failure>) -> Result<T, Error> {
+pub(super) fn may_look<T: Default>(job: &Job<'_>, what: &str, answer: Result<T, Failure>) -> Result<T, Error> {
     match answer {
         Err(failure) if failure.is_denied() => {
             job.events.detail(format!("cannot look for earlier {what} of this disk: {}", failure.reason()));

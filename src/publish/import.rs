@@ -68,7 +68,7 @@ pub(super) async fn import(job: &Job<'_>, undo: &mut Undo) -> Result<String, Err
     job.events.detail(format!("import task {task}"));
     match follow(job, &task).await? {
         Ok(snapshot) => {
-            undo.made(entry, Made::Snapshot { id: snapshot.clone() });
+            undo.made(entry, Made::Snapshot { id: Some(snapshot.clone()) });
             Ok(snapshot)
         }
         Err(message) => {

@@ -1,4 +1,4 @@
-//! A disk becomes an image: S3, then `ImportSnapshot`, then `RegisterImage`. The only async code of kiln.
+//! A disk becomes an image: S3, then `ImportSnapshot`, or EBS direct; then `RegisterImage`. The only async code of kiln.
 //!
 //! [`publish`] reads top to bottom: what is asked for is checked without a request (`rules`), then by requests that
 //! only read (`preflight`), which also tell what an earlier publish has left (`found`), and only then is anything made.
@@ -6,10 +6,12 @@
 //! at any point finds it again and takes it back.
 
 mod client;
+mod ebs;
 mod failure;
 mod found;
 mod image;
 mod import;
+mod journal;
 mod parts;
 mod preflight;
 mod retry;
@@ -62,8 +64,18 @@ pub enum BootMode {
     UefiPreferred,
 }
 
+/// How the disk becomes a snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Via {
+    /// Uploaded to a bucket, from which AWS imports it.
+    #[default]
+    S3,
+    /// Written into a snapshot block by block (EBS direct).
+    Ebs,
+}
+
 /// What to publish, and where to.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Request {
     /// The raw disk. It is only read.
     pub disk: PathBuf,
@@ -107,6 +119,12 @@ pub struct Request {
     pub dry_run: bool,
     /// How long all of it may take.
     pub timeout: Duration,
+    /// How the disk becomes a snapshot.
+    pub via: Via,
+    /// The disk's block map.
+    pub block_map: PathBuf,
+    /// Where the block map of an earlier disk would be, by that disk's digest.
+    pub known_map: Arc<dyn Fn(&str) -> Option<PathBuf> + Send + Sync>,
 }
 
 /// An image that can be launched.
@@ -185,13 +203,20 @@ async fn publish_or_undo(request: &Request, events: &Events, cancel: &Cancel) ->
     let check = Box::pin(preflight::check(&job));
     let found = job.phase("check", preflight::begins(&job), |_| String::new(), check).await?;
     if request.dry_run {
-        preflight::explain(&job, &found)?;
+        preflight::explain(&job, &found).await?;
         return Ok(job.published(String::new(), String::new()));
     }
     let mut undo = Undo::default();
     match steps(&job, found, &mut undo).await {
         Ok(published) => Ok(published),
-        Err(error) => Err(undo.run(&job, error).await),
+        Err(error) => {
+            let error = undo.run(&job, error).await;
+            // A snapshot that could not be deleted is one to go on with.
+            if !undo::is_left(&error) {
+                journal::remove(&request.disk, &job.target.region);
+            }
+            Err(error)
+        }
     }
 }
 
@@ -215,6 +240,12 @@ async fn steps(job: &Job<'_>, found: Found, undo: &mut Undo) -> Result<Published
                 upload::delete(job, undo).await;
             }
             snapshot
+        }
+        Found::Nothing if job.request.via == Via::Ebs => {
+            let work = Box::pin(ebs::upload(job, undo));
+            let written = job.phase("upload", ebs::begins(job), ebs::in_words, work).await?;
+            journal::remove(&job.request.disk, &job.target.region);
+            written.snapshot
         }
         Found::Nothing => {
             let work = Box::pin(upload::upload(job, undo));

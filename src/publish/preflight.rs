@@ -4,25 +4,29 @@ use std::path::Path;
 
 use super::failure::{self, Failure, Kind};
 use super::found::{self, Found};
-use super::{Job, image, import, upload};
+use super::{Job, Via, ebs, image, import, upload};
 use crate::error::{Error, Exit};
 use crate::event::Event;
 use crate::units::GIB;
 
 pub(super) fn begins(job: &Job<'_>) -> String {
     let target = &job.target;
-    format!("credentials, the name `{}` and the bucket `{}` in {}", target.image_name, target.bucket, target.region)
+    let bucket = match job.request.via {
+        Via::S3 => format!(" and the bucket `{}`", target.bucket),
+        Via::Ebs => String::new(),
+    };
+    format!("credentials, the name `{}`{bucket} in {}", target.image_name, target.region)
 }
 
 /// The disk is as announced, the credentials work, and unless an earlier publish has made it already, the image's name is
-/// free, the bucket is in the region, and the caller may import from it.
+/// free, and by S3 the bucket is in the region, and the caller may import from it.
 pub(super) async fn check(job: &Job<'_>) -> Result<Found, Error> {
     disk(&job.request.disk, job.request.size)?;
     let found = Box::pin(found::look(job)).await?;
     if !matches!(found, Found::Image { .. }) {
         name_is_free(job).await?;
     }
-    if found == Found::Nothing {
+    if found == Found::Nothing && job.request.via == Via::S3 {
         bucket_is_near(job).await?;
         import::permitted(job).await?;
     }
@@ -30,10 +34,12 @@ pub(super) async fn check(job: &Job<'_>) -> Result<Found, Error> {
 }
 
 /// Says what would be done.
-pub(super) fn explain(job: &Job<'_>, found: &Found) -> Result<(), Error> {
+pub(super) async fn explain(job: &Job<'_>, found: &Found) -> Result<(), Error> {
     let would = |what: String| job.events.emit(Event::Note { message: format!("would {what}") });
     if let Some(words) = found::in_words(found) {
         would(words);
+    } else if job.request.via == Via::Ebs {
+        would(Box::pin(ebs::plan_in_words(job)).await?);
     } else {
         would(upload::plan_in_words(job)?);
         would(import::plan_in_words(job));

@@ -67,6 +67,11 @@ pub(super) fn ec2_once() -> aws_sdk_ec2::config::Builder {
     aws_sdk_ec2::config::Builder::new().retry_config(RetryConfig::disabled())
 }
 
+/// The same for EBS.
+pub(super) fn ebs_once() -> aws_sdk_ebs::config::Builder {
+    aws_sdk_ebs::config::Builder::new().retry_config(RetryConfig::disabled())
+}
+
 /// A random pause below a bound that doubles from 1 s to 20 s, so that those who failed together don't come back
 /// together.
 pub(super) fn backoff(attempt: u32) -> Duration {

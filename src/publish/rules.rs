@@ -2,17 +2,21 @@
 
 use sha2::{Digest as _, Sha256};
 
-use super::{Architecture, BootMode, DEFAULT_ROLE, Request, Target};
+use super::{Architecture, BootMode, DEFAULT_ROLE, Request, Target, Via};
 use crate::error::{Error, Exit};
 use crate::recipe::aws::{self, Refusal};
 use crate::units::hex;
 
 /// The tag with the disk's digest.
 pub(super) const DIGEST_TAG: &str = "kiln:digest";
+/// The tag with the recipe's name.
+pub(super) const NAME_TAG: &str = "kiln:name";
 /// The tag that images have alike which are alike but for their names.
 pub(super) const SETTINGS_TAG: &str = "kiln:settings";
 /// In GiB. S3 takes 10,000 parts of 5 GiB in an object, which is less than the largest volume.
-const LARGEST: u64 = 50_000;
+const LARGEST_OBJECT: u64 = 50_000;
+/// In GiB.
+const LARGEST_SNAPSHOT: u64 = 65_536;
 
 /// Whether the request can be carried out at all, as far as that shows without a connection.
 pub(super) fn check(request: &Request) -> Result<(), Error> {
@@ -21,9 +25,13 @@ pub(super) fn check(request: &Request) -> Result<(), Error> {
     if let Some(bucket) = bucket(request) {
         aws::bucket(bucket).map_err(refused)?;
     }
-    if request.size == 0 || request.size > LARGEST {
+    let (largest, why) = match request.via {
+        Via::S3 => (LARGEST_OBJECT, "S3 takes no larger object"),
+        Via::Ebs => (LARGEST_SNAPSHOT, "there are no larger snapshots"),
+    };
+    if request.size == 0 || request.size > largest {
         return Err(input(format!("a disk of {} GiB can't be published", request.size))
-            .help(format!("it must have 1 to {LARGEST} GiB: S3 takes no larger object")));
+            .help(format!("it must have 1 to {largest} GiB: {why}")));
     }
     if request.arch == Architecture::Arm64 && request.boot_mode == BootMode::LegacyBios {
         return Err(input("arm64 instances don't boot by `legacy-bios`").help("set boot_mode = \"uefi\" in [publish]"));
@@ -39,10 +47,15 @@ pub(super) fn check(request: &Request) -> Result<(), Error> {
 
 /// Settles where everything goes; `run` is of this run only.
 pub(super) fn target(request: &Request, region: &str, run: String) -> Result<Target, Error> {
-    let bucket = bucket(request).ok_or_else(|| {
-        input("no bucket to upload the disk to")
-            .help(format!("name one that is in {region}, with --bucket or as `bucket` in the recipe's [publish]"))
-    })?;
+    let bucket = match (bucket(request), request.via) {
+        (Some(bucket), _) => bucket,
+        (None, Via::Ebs) => "",
+        (None, Via::S3) => {
+            return Err(input("no bucket to upload the disk to").help(format!(
+                "name one that is in {region}, with --bucket or as `bucket` in the recipe's [publish]; --via ebs needs none"
+            )));
+        }
+    };
     Ok(Target {
         region: region.to_owned(),
         // The same for no two runs: what is found under it after a failure is this run's, and nobody else's is overwritten.
@@ -80,7 +93,7 @@ pub(super) fn tag_pairs(request: &Request) -> Vec<(String, String)> {
     let mut pairs = request.tags.clone();
     pairs.entry("Name".to_owned()).or_insert_with(|| request.image_name.clone());
     pairs.insert(DIGEST_TAG.to_owned(), request.digest.clone());
-    pairs.insert("kiln:name".to_owned(), request.name.clone());
+    pairs.insert(NAME_TAG.to_owned(), request.name.clone());
     pairs.into_iter().collect()
 }
 
@@ -126,6 +139,7 @@ fn input(message: impl Into<String>) -> Error {
 mod tests {
     use std::collections::BTreeMap;
     use std::path::PathBuf;
+    use std::sync::Arc;
     use std::time::Duration;
 
     use super::*;
@@ -153,6 +167,9 @@ mod tests {
             poll: Duration::from_secs(15),
             dry_run: false,
             timeout: Duration::from_hours(1),
+            via: Via::S3,
+            block_map: PathBuf::from("blocks"),
+            known_map: Arc::new(|_| None),
         }
     }
 
@@ -191,6 +208,7 @@ mod tests {
         assert_eq!(refused(many), "47 tags are too many");
         assert_eq!(refused(|r| r.size = 0), "a disk of 0 GiB can't be published");
         assert_eq!(refused(|r| r.size = 50_001), "a disk of 50001 GiB can't be published");
+        assert_eq!(refused(|r| (r.size, r.via) = (65_537, Via::Ebs)), "a disk of 65537 GiB can't be published");
         assert_eq!(refused(|r| r.root_device = "xvda".to_owned()), "`xvda` is not a root device");
         let arm = refused(|r| (r.arch, r.boot_mode) = (Architecture::Arm64, BootMode::LegacyBios));
         assert_eq!(arm, "arm64 instances don't boot by `legacy-bios`");

@@ -10,7 +10,7 @@ use tokio::time::{sleep, timeout};
 
 use super::failure::{Failure, Kind};
 use super::import::{RUN_TAG, State, look};
-use super::{Job, image, import, upload};
+use super::{Job, ebs, image, import, upload};
 use crate::error::{Error, Exit};
 use crate::event::Event;
 
@@ -23,6 +23,9 @@ const LOOKS: u32 = 8;
 /// How often a thing with a known id must be unknown to AWS before it is believed to be gone.
 const GONE: u32 = 3;
 
+/// How a note begins that names something that is left.
+const LEFT: &str = "left behind";
+
 /// Something that was made, or that may have been. Without an id, the request's answer is not known.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Made {
@@ -33,8 +36,8 @@ pub(super) enum Made {
     Object { key: String, version: Option<String>, sure: bool },
     /// An import task, tagged with the target's run.
     Task { id: Option<String> },
-    /// A snapshot.
-    Snapshot { id: String },
+    /// A snapshot; without an id one that is tagged with the target's run.
+    Snapshot { id: Option<String> },
     /// The target's image, made from `snapshot`.
     Image { id: Option<String>, snapshot: String },
 }
@@ -64,12 +67,18 @@ impl Undo {
 
     /// Deletes the objects with these keys; what is left is returned in words, and stays noted.
     pub(super) async fn objects(&mut self, job: &Job<'_>, which: impl Fn(&str) -> bool) -> Vec<String> {
+        self.some(job, |made| matches!(made, Made::Object { key, .. } if which(key))).await
+    }
+
+    /// Deletes the snapshots; what is left stays noted.
+    pub(super) async fn snapshots(&mut self, job: &Job<'_>) {
+        self.some(job, |made| matches!(made, Made::Snapshot { .. })).await;
+    }
+
+    async fn some(&mut self, job: &Job<'_>, which: impl Fn(&Made) -> bool) -> Vec<String> {
         let mut left = Vec::new();
         for entry in &mut self.made {
-            let Some(made) = entry.as_ref().filter(|made| matches!(made, Made::Object { key, .. } if which(key)))
-            else {
-                continue;
-            };
+            let Some(made) = entry.as_ref().filter(|made| which(made)) else { continue };
             match take_back(job, made).await {
                 Ok(()) => *entry = None,
                 Err(words) => left.push(words),
@@ -91,13 +100,13 @@ impl Undo {
         let mut held = None;
         for made in &made {
             let ended = match made {
-                Made::Snapshot { id } if held == Some(id) => {
+                Made::Snapshot { id: Some(id) } if held == Some(id) => {
                     Err(Left::because("the image uses it").describe(job, made))
                 }
                 made => take_back(job, made).await,
             };
             if let Err(left) = ended {
-                error.notes.push(format!("left behind: {left}"));
+                error.notes.push(format!("{LEFT}: {left}"));
                 if let Made::Image { id: Some(_), snapshot } = made {
                     held = Some(snapshot);
                 }
@@ -110,6 +119,11 @@ impl Undo {
         job.events.emit(Event::PhaseDone { phase: "undo", detail, took: started.elapsed() });
         error
     }
+}
+
+/// Whether something was left behind.
+pub(super) fn is_left(error: &Error) -> bool {
+    error.notes.iter().any(|note| note.starts_with(LEFT))
 }
 
 /// Names what is about to be taken back: whoever ends kiln meanwhile knows what to look for. After a signal that is likely,
@@ -130,7 +144,7 @@ async fn take_back(job: &Job<'_>, made: &Made) -> Result<(), String> {
     let ended = timeout(EACH, async {
         match made {
             Made::Image { id, snapshot } => undo_image(job, id.as_deref(), snapshot).await,
-            Made::Snapshot { id } => delete_snapshot(job, id).await,
+            Made::Snapshot { id } => undo_snapshot(job, id.as_deref()).await,
             Made::Task { id } => undo_task(job, id.as_deref()).await,
             Made::Object { key, version, sure: true } => delete_object(job, key, version.as_deref()).await,
             Made::Object { key, .. } => find_and_delete_object(job, key, GONE).await,
@@ -186,7 +200,10 @@ fn in_words(job: &Job<'_>, made: &Made) -> String {
     match made {
         Made::Image { id: Some(id), .. } => format!("image {id} in {}", target.region),
         Made::Image { id: None, .. } => format!("perhaps an image `{}` in {}", target.image_name, target.region),
-        Made::Snapshot { id } => format!("snapshot {id} in {}", target.region),
+        Made::Snapshot { id: Some(id) } => format!("snapshot {id} in {}", target.region),
+        Made::Snapshot { id: None } => {
+            format!("perhaps a snapshot with the tag {RUN_TAG}={} in {}", target.run, target.region)
+        }
         Made::Task { id: Some(id) } => format!("import task {id} in {}", target.region),
         Made::Task { id: None } => {
             format!("perhaps an import task with the tag {RUN_TAG}={} in {}", target.run, target.region)
@@ -210,7 +227,10 @@ fn by_hand(job: &Job<'_>, made: &Made) -> String {
              --owners self --filters 'Name=name,Values={}'",
             target.image_name
         ),
-        Made::Snapshot { id } => format!("aws ec2 delete-snapshot --region {region} --snapshot-id {id}"),
+        Made::Snapshot { id } => {
+            let id = id.as_deref().unwrap_or("ID");
+            format!("aws ec2 delete-snapshot --region {region} --snapshot-id {id}")
+        }
         Made::Task { id } => {
             let id = id.as_deref().unwrap_or("ID");
             format!("aws ec2 cancel-import-task --region {region} --import-task-id {id}")
@@ -270,7 +290,16 @@ async fn delete_snapshot(job: &Job<'_>, id: &str) -> Result<Option<Made>, Left> 
         let call = job.clients.ec2.delete_snapshot().snapshot_id(id);
         call.send().await.map(|_| ()).map_err(job.clients.failed("ec2:DeleteSnapshot"))
     });
-    Left::unless(deleted.await, Made::Snapshot { id: id.to_owned() })
+    Left::unless(deleted.await, Made::Snapshot { id: Some(id.to_owned()) })
+}
+
+async fn undo_snapshot(job: &Job<'_>, id: Option<&str>) -> Result<Option<Made>, Left> {
+    let id = match id {
+        Some(id) => Some(id.to_owned()),
+        None => search(|| ebs::find(job)).await?,
+    };
+    let Some(id) = id else { return Err(Left::because("no answer to StartSnapshot came, and there is none so far")) };
+    delete_snapshot(job, &id).await
 }
 
 async fn undo_task(job: &Job<'_>, id: Option<&str>) -> Result<Option<Made>, Left> {
@@ -410,8 +439,8 @@ mod tests {
         let object = Made::Object { key: "web.raw".to_owned(), version: None, sure: true };
         undo.made(upload, object.clone());
         undo.forget(task);
-        undo.will_make(Made::Snapshot { id: "snap-1".to_owned() });
-        let snapshot = Some(Made::Snapshot { id: "snap-1".to_owned() });
+        undo.will_make(Made::Snapshot { id: Some("snap-1".to_owned()) });
+        let snapshot = Some(Made::Snapshot { id: Some("snap-1".to_owned()) });
         assert_eq!(undo.made, [Some(object), None, snapshot]);
     }
 }

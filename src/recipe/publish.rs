@@ -39,6 +39,8 @@ pub struct Publish {
     pub tags: BTreeMap<String, String>,
     /// The name of the role that imports; none: `vmimport`.
     pub role: Option<String>,
+    /// How the disk becomes a snapshot.
+    pub via: Via,
     /// Of the table's header.
     pub span: Option<Range<usize>>,
 }
@@ -81,7 +83,19 @@ words! {
     }
 }
 
-const KNOWN: [&str; 11] = [
+words! {
+    /// How the disk becomes a snapshot.
+    #[derive(Default)]
+    Via {
+        /// Uploaded to a bucket, and imported from there.
+        #[default]
+        S3 = "s3",
+        /// Written block by block (EBS direct).
+        Ebs = "ebs",
+    }
+}
+
+const KNOWN: [&str; 12] = [
     "image_name",
     "description",
     "regions",
@@ -93,6 +107,7 @@ const KNOWN: [&str; 11] = [
     "root_device",
     "tags",
     "role",
+    "via",
 ];
 
 /// Reads `[publish]`; `name` is the recipe's.
@@ -111,6 +126,7 @@ pub(super) fn read(top: &Fields<'_>, name: &str, base: Option<&Base>) -> Publish
     publish.volume_type = fields.word("volume_type").map(|found| found.value).unwrap_or_default();
     publish.root_device = checked(&fields, "root_device", root_device).map(|found| found.value);
     publish.role = checked(&fields, "role", role).map(|found| found.value);
+    publish.via = fields.word("via").map(|found| found.value).unwrap_or_default();
     publish.tags = fields.map("tags", |key, value| aws::tag(key, value).map_err(told));
     if let Err(refused) = aws::tag_count(&publish.tags)
         && let Some(entry) = fields.entry("tags")

@@ -141,6 +141,26 @@ impl Store {
         known().unwrap_or(false)
     }
 
+    /// Where the block map of the disk with this digest is, if it was kept.
+    #[must_use]
+    pub fn map_path(&self, digest: &str) -> PathBuf {
+        self.root.join("known").join(digest).with_extension("blocks")
+    }
+
+    /// Keeps a disk's block map, so that the next disk can be compared with it. That it can't be kept is no failure.
+    pub fn keep_map(&self, digest: &str, map: &Path) {
+        let keep = || -> io::Result<()> {
+            let to = self.map_path(digest);
+            let folder = to.parent().unwrap_or(&self.root);
+            std::fs::create_dir_all(folder)?;
+            let mut file = tempfile::NamedTempFile::new_in(folder)?;
+            io::copy(&mut File::open(map)?, &mut file)?;
+            file.persist(&to)?;
+            Ok(())
+        };
+        let _ = keep();
+    }
+
     /// Makes `file` unknown.
     pub(super) fn forget(&self, file: &File) {
         if let Ok(identity) = Identity::of(file) {

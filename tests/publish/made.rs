@@ -1,11 +1,8 @@
 //! What is made, from which requests, and that passing trouble changes nothing about it.
 
-use std::process::Command;
-
 use serde_json::{Value, json};
 
 use super::{NOTHING, ONE_IMAGE, Stage};
-use crate::support::tool;
 
 /// The parameters of the only call of an action, next to dry runs.
 #[track_caller]
@@ -66,18 +63,7 @@ fn an_image_with_all_that_it_needs() {
     assert_eq!(published[0]["region"], "us-east-1");
     assert_eq!(published[0]["boot_mode"], "legacy-bios");
     assert!(stage.aws.requests("ec2:DescribeImages").len() >= 4, "it waited until the image was available");
-    assert_arrived(&stage);
-}
-
-/// The snapshot that was published last has the disk's bytes.
-#[track_caller]
-fn assert_arrived(stage: &Stage) {
-    let published = stage.remembered();
-    let snapshot = published[0]["snapshot_id"].as_str().unwrap();
-    let url = format!("{}/kiln-test/snapshots/{snapshot}", stage.aws.url());
-    let [arrived, disk] = ["arrived", "out/web/disk.raw"].map(|name| stage.bench.path(name));
-    tool(Command::new("curl").args(["-fsS", &url, "-o"]).arg(&arrived), "");
-    tool(Command::new("cmp").args([arrived, disk]), "");
+    stage.assert_arrived();
 }
 
 #[test]
@@ -143,7 +129,7 @@ fn zeros_are_copied_and_not_sent() {
     let words = format!("{} parts, each with its SHA-256, and {copies} of zeros that were not sent", 128 - copies);
     assert_eq!(upload.last().unwrap()["detail"], words);
     assert_eq!(stage.aws.resources(), ONE_IMAGE, "the zeros' object is gone as well");
-    assert_arrived(&stage);
+    stage.assert_arrived();
 }
 
 /// An endpoint that can't copy, a permission that is missing, a line that fails: the disk is the same.
@@ -160,7 +146,7 @@ fn where_zeros_can_not_be_copied_they_are_sent() {
     assert!(ran.stderr.contains("is copied again (1 of 3 failed): SlowDown"), "{}", ran.stderr);
     assert!(sent(&stage) > 500 << 20, "{}", sent(&stage));
     assert_eq!(stage.aws.resources(), ONE_IMAGE);
-    assert_arrived(&stage);
+    stage.assert_arrived();
 
     let stage = Stage::new();
     stage.aws.fault(&json!({ "action": "s3:PutObject", "error": "AccessDenied" }));

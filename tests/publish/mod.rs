@@ -3,16 +3,18 @@
 
 mod again;
 mod denied;
+mod ebs;
 mod made;
 mod places;
 mod refused;
 mod stopped;
 
 use std::os::unix::fs::MetadataExt;
+use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::support::{Aws, Base, Bench, Kiln, Ran, Running, append_data, wait_until, write_base};
+use crate::support::{Aws, Base, Bench, Kiln, Ran, Running, append_data, tool, wait_until, write_base};
 
 /// A built disk of 1 GiB, and an endpoint to publish it to.
 struct Stage {
@@ -86,6 +88,17 @@ impl Stage {
         assert!(image.starts_with("ami-"), "{line}");
         assert_eq!(self.aws.resources(), ONE_IMAGE, "one snapshot and one image");
         image.to_owned()
+    }
+
+    /// The snapshot that was published last has the disk's bytes.
+    #[track_caller]
+    fn assert_arrived(&self) {
+        let published = self.remembered();
+        let last = published.as_array().unwrap().last().unwrap();
+        let url = format!("{}/kiln-test/snapshots/{}", self.aws.url(), last["snapshot_id"].as_str().unwrap());
+        let [arrived, disk] = ["arrived", "out/web/disk.raw"].map(|name| self.bench.path(name));
+        tool(Command::new("curl").args(["-fsS", &url, "-o"]).arg(&arrived), "");
+        tool(Command::new("cmp").args([arrived, disk]), "");
     }
 
     /// What `published.json` says.
