@@ -66,9 +66,23 @@ impl Pending {
             let copy = self.path().join(PUBLISHED);
             std::fs::copy(&published, &copy).and_then(|_| File::open(&copy)?.sync_all()).map_err(fail)?;
         }
+        self.keep_journals().map_err(fail)?;
         replace(&self.path(), &self.folder).map_err(fail)?;
         let _ = std::fs::remove_dir_all(&self.failed);
         Ok(self.folder.clone())
+    }
+
+    /// What a killed publish has begun stays known. Linked, so that it stays locked where it is in use.
+    fn keep_journals(&self) -> io::Result<()> {
+        for entry in std::fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let is_journal =
+                name.to_str().is_some_and(|name| name.starts_with("publish.") && name.ends_with(".journal"));
+            if is_journal {
+                std::fs::hard_link(entry.path(), self.path().join(name))?;
+            }
+        }
+        Ok(())
     }
 
     /// Keeps the logs under `NAME.failed`.

@@ -4,7 +4,6 @@ use std::fs::{File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use kiln::build;
@@ -38,10 +37,6 @@ pub(super) fn run(context: &Context<'_>, arguments: Publish) -> Result<(), Error
     if arguments.dry_run {
         context.ui.result("", &result);
         return Ok(());
-    }
-    if let Some(store) = &store {
-        // The next disk of this recipe is compared with it.
-        store.keep_map(&manifest.digest, &request.block_map);
     }
     if let Err(error) = remember(&arguments.outdir, &json!(published)) {
         // The image exists and its id is printed: that its note could not be kept is no failure.
@@ -103,14 +98,14 @@ fn request(manifest: &Manifest, arguments: &Publish, store: Option<Store>, event
         timeout: duration("--timeout", &arguments.timeout)?,
         via: via(manifest, arguments)?,
         block_map: arguments.outdir.join(BLOCKS),
-        known_map: Arc::new(move |digest| Some(store.as_ref()?.map_path(digest))),
+        store,
     })
 }
 
 fn via(manifest: &Manifest, arguments: &Publish) -> Result<Via, Error> {
     match (arguments.via, manifest.publish.via.as_str()) {
         (Some(cli::Via::Ebs), _) | (None, "ebs") if arguments.bucket.is_some() => {
-            Err(Error::new(Exit::Usage, "EBS direct needs no bucket").help("leave out --bucket, or add --via s3"))
+            Err(Error::new(Exit::Usage, "EBS direct needs no bucket").help("leave out --bucket, or use --via s3"))
         }
         (Some(cli::Via::Ebs), _) | (None, "ebs") => Ok(Via::Ebs),
         _ => Ok(Via::S3),

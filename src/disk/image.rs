@@ -255,6 +255,23 @@ mod tests {
     }
 
     #[test]
+    fn the_kernel_copies_what_is_in_a_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let bytes: Vec<u8> = (0..1_000_000_u32).flat_map(u32::to_le_bytes).collect();
+        std::fs::write(path("from"), &bytes).unwrap();
+        let out = File::options().read(true).write(true).create_new(true).open(path("to")).unwrap();
+        let image = Image::raw(&path("from")).unwrap();
+        assert!(image.copy_within_kernel(8192..3_000_000, &out));
+        let mut copied = vec![0; 3_000_000 - 8192];
+        out.read_exact_at(&mut copied, 8192).unwrap();
+        assert!(copied == bytes[8192..3_000_000]);
+        assert!(!image.copy_within_kernel(3_000_000..9_000_000, &out), "past the end");
+        let in_memory = Image::new(Arc::new(bytes), Path::new("memory")).unwrap();
+        assert!(!in_memory.copy_within_kernel(0..4096, &out));
+    }
+
+    #[test]
     fn another_format_is_named() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), b"QFI\xfb\0\0\0\x03").unwrap();

@@ -16,23 +16,23 @@ use std::time::Duration;
 use aws_sdk_ebs::primitives::ByteStream;
 use aws_sdk_ebs::types::{ChecksumAggregationMethod, ChecksumAlgorithm, Tag};
 use aws_sdk_ec2::primitives::DateTime;
-use aws_sdk_ec2::types::{Filter, Snapshot, SnapshotState};
+use aws_sdk_ec2::types::{Filter, Snapshot, SnapshotState, StorageTier};
 use sha2::{Digest as _, Sha256};
-use tokio::task::{JoinError, JoinSet};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 use super::client::Clients;
 use super::failure::Failure;
-use super::journal::{Begun, Journal};
+use super::journal::{self, Begun, Journal};
 use super::parts::base64;
 use super::retry::{backoff, ebs_once};
 use super::undo::{Made, Undo};
+use super::upload::{self, Lost};
 use super::{Job, found, import, rules};
 use crate::disk::{BLOCK, BlockMap, Digest};
 use crate::error::{Error, Exit};
 use crate::event::{Event, Events};
-use crate::store::Identity;
-use crate::units::{GIB, Size};
+use crate::units::{GIB, Size, hex};
 
 /// How many blocks are in flight for each part that S3 would be sent at once.
 const BESIDE: usize = 8;
@@ -68,58 +68,46 @@ pub(super) fn begins(job: &Job<'_>) -> String {
 
 pub(super) async fn plan_in_words(job: &Job<'_>) -> Result<String, Error> {
     let map = block_map(job)?;
-    let parent = Box::pin(parent(job, &map)).await?;
-    let count = blocks(&map, parent.as_ref().map(|parent| &parent.map), false).len();
+    let encrypts = Box::pin(encrypts(job)).await?;
+    let parent = Box::pin(parent(job, &map, encrypts)).await?;
+    let count = blocks(&map, parent.as_ref().map(|parent| &parent.map), encrypts).len();
     let bytes = Size(count as u64 * BLOCK);
     let rest = match parent {
         Some(parent) => format!("the rest is that of {}", parent.snapshot),
+        None if encrypts => "it is encrypted, so that holes are sent too".to_owned(),
         None => "the rest are holes".to_owned(),
     };
     Ok(format!("write {}: {bytes} in {count} blocks; {rest}", begins(job)))
 }
 
-/// Makes the snapshot, or goes on with one that an earlier run of this disk has begun.
-pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<Written, Error> {
-    let about = |error| Error::io(format!("cannot read the disk {}", job.request.disk.display()), &error);
-    let file = File::open(&job.request.disk).map_err(about)?;
-    let before = Identity::of(&file).map_err(about)?;
+/// Makes the snapshot, or goes on with one that an earlier run of this disk has begun. What was begun stays in `journal`.
+pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo, journal: &mut Option<Journal>) -> Result<Written, Error> {
+    let file = upload::open_disk(job)?;
+    let before = upload::identity(job, &file)?;
     let map = block_map(job)?;
-    let mut journal = match Box::pin(take_up(job, undo)).await? {
+    let (begun, blocks) = match Box::pin(take_up(job, undo, &map)).await? {
         Some(taken_up) => taken_up,
         None => Box::pin(start(job, undo, &map)).await?,
     };
-    let begun = journal.begun().clone();
-    let parent = begun.parent.as_ref().and_then(|parent| known_map(job, &parent.digest));
-    if begun.parent.is_some() && parent.is_none() {
-        return Err(Error::new(Exit::Publish, format!("the block map that {} was begun with is gone", begun.snapshot))
-            .help("publish again: the snapshot is begun anew"));
-    }
-    let blocks = blocks(&map, parent.as_ref(), begun.encrypted);
-    let kept = blocks.iter().filter(|(index, _)| journal.has(*index)).count();
+    let journal = journal.insert(begun);
+    let kept = blocks.iter().filter(|(index, _)| journal.is_sealed() || journal.has(*index)).count();
+    let snapshot = journal.begun().snapshot.clone();
     let sender = Sender {
         clients: Arc::clone(&job.clients),
         events: job.events.clone(),
-        snapshot: begun.snapshot.clone(),
+        snapshot: snapshot.clone(),
         file,
         begun: Instant::now(),
     };
     let sender = Arc::new(sender);
-    send_all(job, &sender, &blocks, &mut journal).await?;
-    if Identity::of(&sender.file).map_err(about)? != before {
-        let message = format!("the disk {} was changed while it was uploaded", job.request.disk.display());
-        return Err(Error::new(Exit::Input, message).help("publish it again when nothing writes to it"));
-    }
     if !journal.is_sealed() {
-        complete(job, &begun.snapshot, &blocks).await?;
+        send_all(job, &sender, &blocks, journal).await?;
+        upload::unchanged(job, &sender.file, &before)?;
+        complete(job, &snapshot, &blocks, kept == blocks.len()).await?;
         journal.seal();
     }
-    until_completed(job, &begun.snapshot).await?;
-    Ok(Written {
-        snapshot: begun.snapshot,
-        sent: blocks.len() - kept,
-        kept,
-        parent: begun.parent.map(|parent| parent.snapshot),
-    })
+    until_completed(job, &snapshot).await?;
+    Ok(Written { snapshot, sent: blocks.len() - kept, kept, parent: journal.begun().parent.clone() })
 }
 
 /// Which blocks are sent, in order, with what they have. Zeros that were written are data, also where the parent has a hole.
@@ -149,36 +137,48 @@ fn block_map(job: &Job<'_>) -> Result<BlockMap, Error> {
     }
 }
 
-/// The block map of the disk with this digest, if it was kept.
-fn known_map(job: &Job<'_>, digest: &str) -> Option<BlockMap> {
-    let file = File::open((job.request.known_map)(digest)?).ok()?;
-    // One that is damaged has another digest.
-    BlockMap::read_from(&mut BufReader::new(file)).ok().filter(|map| map.digest().to_string() == digest)
+/// The block map of the disk in this snapshot, if it was kept.
+fn known_map(job: &Job<'_>, snapshot: &str) -> Option<BlockMap> {
+    let file = File::open(job.request.store.as_ref()?.map_path(snapshot)).ok()?;
+    BlockMap::read_from(&mut BufReader::new(file)).ok()
 }
 
 struct Parent {
     snapshot: String,
-    digest: String,
     map: BlockMap,
 }
 
-/// The newest snapshot of an earlier disk of this recipe, if it is as large and its block map is at hand.
-async fn parent(job: &Job<'_>, map: &BlockMap) -> Result<Option<Parent>, Error> {
+/// The newest snapshot of an earlier disk of this recipe that can be a parent: as large, with its block map at hand, and
+/// encrypted if new snapshots are (`encrypts`), because AWS takes no other then.
+async fn parent(job: &Job<'_>, map: &BlockMap, encrypts: bool) -> Result<Option<Parent>, Error> {
     let answer = job.stop.or("earlier snapshots", earlier(job)).await?;
     let mut snapshots = found::may_look(job, "snapshots", answer)?;
-    snapshots.retain(|snapshot| snapshot.state() == Some(&SnapshotState::Completed));
+    snapshots.retain(|snapshot| {
+        snapshot.state() == Some(&SnapshotState::Completed)
+            && snapshot.storage_tier() != Some(&StorageTier::Archive)
+            && (snapshot.encrypted() == Some(true) || !encrypts)
+    });
     snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.start_time().map(DateTime::secs)));
     for snapshot in snapshots {
         let digest =
             snapshot.tags().iter().find(|tag| tag.key() == Some(rules::DIGEST_TAG)).and_then(|tag| tag.value());
+        // A map that is damaged has another digest.
         if let (Some(id), Some(digest)) = (snapshot.snapshot_id(), digest)
-            && let Some(known) = known_map(job, digest)
+            && let Some(known) = known_map(job, id)
+            && known.digest().to_string() == digest
             && known.size() == map.size()
         {
-            return Ok(Some(Parent { snapshot: id.to_owned(), digest: digest.to_owned(), map: known }));
+            return Ok(Some(Parent { snapshot: id.to_owned(), map: known }));
         }
     }
     Ok(None)
+}
+
+/// Whether this account's new snapshots are encrypted; who may not ask is told by the snapshot itself.
+async fn encrypts(job: &Job<'_>) -> Result<bool, Error> {
+    let call = job.clients.ec2.get_ebs_encryption_by_default();
+    let answer = job.stop.or("whether snapshots are encrypted", call.send()).await?;
+    Ok(answer.is_ok_and(|answer| answer.ebs_encryption_by_default() == Some(true)))
 }
 
 async fn earlier(job: &Job<'_>) -> Result<Vec<Snapshot>, Failure> {
@@ -187,43 +187,98 @@ async fn earlier(job: &Job<'_>) -> Result<Vec<Snapshot>, Failure> {
     Ok(answer.map_err(job.clients.failed("ec2:DescribeSnapshots"))?.snapshots.unwrap_or_default())
 }
 
-/// The snapshot that an earlier run has begun and left, if it still takes blocks.
-async fn take_up(job: &Job<'_>, undo: &mut Undo) -> Result<Option<Journal>, Error> {
-    let Some(journal) = Journal::open(&job.request.disk, &job.target.region, &job.request.digest) else {
-        return Ok(None);
-    };
-    let id = journal.begun().snapshot.clone();
-    let answer = job.stop.or("the snapshot that was begun", snapshot(job, &id)).await?;
-    match answer {
-        Ok(found) if found.state() == Some(&SnapshotState::Pending) => {
-            job.events.note(format!("going on with {id}, which an earlier publish has begun"));
-            undo.will_make(Made::Snapshot { id: Some(id) });
-            Ok(Some(journal))
+type Blocks = Vec<(u64, Digest)>;
+
+/// The snapshot that an earlier run has begun and left, and its blocks, if it can be gone on with. If not it is deleted.
+async fn take_up(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Option<(Journal, Blocks)>, Error> {
+    let mut journal = match Journal::find(&job.request.disk, &job.target.region) {
+        journal::Found::Nothing => return Ok(None),
+        journal::Found::Left(journal) => journal,
+        journal::Found::Busy => {
+            let message = format!("another kiln publishes this disk to {}", job.target.region);
+            return Err(Error::new(Exit::Publish, message).help("wait until it has ended, then publish again"));
         }
-        Err(failure) if !failure.is_not_found() => Err(job.error(failure)),
-        found => {
-            // AWS gives one up that gets no blocks for an hour, and keeps it.
-            if found.is_ok_and(|found| found.state() == Some(&SnapshotState::Error)) {
-                undo.will_make(Made::Snapshot { id: Some(id) });
-                undo.snapshots(job).await;
+    };
+    let begun = journal.begun().clone();
+    let state = state_of_begun(job, &journal).await?;
+    let parent = begun.parent.as_ref().map(|parent| known_map(job, parent));
+    if let (Some(SnapshotState::Pending | SnapshotState::Completed), None | Some(Some(_))) = (&state, &parent) {
+        let blocks = blocks(map, parent.flatten().as_ref(), begun.encrypted);
+        if begun.digest == job.request.digest && begun.blocks == digest_of(&blocks) {
+            job.events.note(format!("going on with {}, which an earlier publish has begun", begun.snapshot));
+            undo.will_make(Made::Snapshot { id: Some(begun.snapshot.clone()) });
+            if state == Some(SnapshotState::Completed) {
+                journal.seal();
             }
-            journal.remove();
-            Ok(None)
+            return Ok(Some((journal, blocks)));
+        }
+    }
+    // One that is complete is whole, though of another disk perhaps. AWS gives the others up only after an hour, and keeps
+    // them.
+    if !matches!(state, None | Some(SnapshotState::Completed)) {
+        job.events.note(format!("deleting {}, which an earlier publish has begun", begun.snapshot));
+        undo.will_make(Made::Snapshot { id: Some(begun.snapshot.clone()) });
+        for left in undo.snapshots(job).await {
+            job.events.warn(format!("could not delete {left}"));
+        }
+    }
+    journal.remove();
+    Ok(None)
+}
+
+/// None if there is no such snapshot. One that was begun only just now may not be known everywhere yet.
+async fn state_of_begun(job: &Job<'_>, journal: &Journal) -> Result<Option<SnapshotState>, Error> {
+    let young = journal.age() < SETTLING;
+    let until = Instant::now() + if young { import::settling(job.request.poll) } else { Duration::ZERO };
+    loop {
+        match job.stop.or("the snapshot that was begun", snapshot(job, &journal.begun().snapshot)).await? {
+            Ok(found) => return Ok(found.state().cloned()),
+            Err(failure) if !failure.is_not_found() => return Err(job.error(failure)),
+            Err(_) if Instant::now() >= until => return Ok(None),
+            Err(_) => job.stop.pause("the snapshot that was begun", job.request.poll.min(LOOK)).await?,
         }
     }
 }
 
-async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Journal, Error> {
-    let parent = Box::pin(parent(job, map)).await?;
-    let id = parent.as_ref().map(|parent| parent.snapshot.as_str());
-    let made = Made::Snapshot { id: None };
-    let (entry, answer) = job.make("the start of the snapshot", undo, made, |_| send_start(job, id)).await?;
-    let (snapshot, encrypted) = answer.map_err(|failure| job.error(failure))?;
-    undo.made(entry, Made::Snapshot { id: Some(snapshot.clone()) });
+async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<(Journal, Blocks), Error> {
+    let encrypts = Box::pin(encrypts(job)).await?;
+    let mut parent = Box::pin(parent(job, map, encrypts)).await?;
+    let (snapshot, encrypted) = loop {
+        let id = parent.as_ref().map(|parent| parent.snapshot.as_str());
+        let made = Made::Snapshot { id: None };
+        let (entry, answer) = job.make("the start of the snapshot", undo, made, |_| send_start(job, id)).await?;
+        match (answer, &parent) {
+            (Ok((snapshot, encrypted)), _) => {
+                undo.made(entry, Made::Snapshot { id: Some(snapshot.clone()) });
+                break (snapshot, encrypted);
+            }
+            // Its key may be gone, or it may be itself since it was looked at.
+            (Err(failure), Some(refused)) if !failure.is_passing() && !failure.is_denied() => {
+                let why = failure.reason();
+                job.events.detail(format!("all is sent, because {} can't be built on: {why}", refused.snapshot));
+                parent = None;
+            }
+            (Err(failure), _) => return Err(job.error(failure)),
+        }
+    };
     job.events.detail(format!("snapshot {snapshot}"));
-    let parent = parent.map(|Parent { snapshot, digest, .. }| super::journal::Parent { snapshot, digest });
-    let begun = Begun { snapshot, digest: job.request.digest.clone(), parent, encrypted };
-    Ok(Journal::begin(&job.request.disk, &job.target.region, begun))
+    let blocks = blocks(map, parent.as_ref().map(|parent| &parent.map), encrypted);
+    let begun = Begun {
+        snapshot,
+        digest: job.request.digest.clone(),
+        parent: parent.map(|parent| parent.snapshot),
+        encrypted,
+        blocks: digest_of(&blocks),
+    };
+    Ok((Journal::begin(&job.request.disk, &job.target.region, begun), blocks))
+}
+
+/// A digest of what is sent, and where to.
+fn digest_of(blocks: &[(u64, Digest)]) -> String {
+    let all = blocks
+        .iter()
+        .fold(Sha256::new(), |all, (index, digest)| all.chain_update(index.to_le_bytes()).chain_update(digest.0));
+    hex(&all.finalize())
 }
 
 /// The snapshot's id, and whether it is encrypted.
@@ -239,8 +294,8 @@ async fn send_start(job: &Job<'_>, parent: Option<&str>) -> Result<(String, bool
         .description(format!("{} {}", job.request.image_name, job.request.digest))
         .set_parent_snapshot_id(parent.map(str::to_owned))
         .set_tags(Some(tags))
-        // The same for every try, so that AWS begins one snapshot however often it is asked.
-        .client_token(format!("kiln-{}", job.target.run))
+        // The same for every try, so that AWS begins one snapshot however often it is asked; another without the parent.
+        .client_token(format!("kiln-{}{}", job.target.run, if parent.is_some() { "-on" } else { "" }))
         .customize()
         .config_override(ebs_once());
     let answer = call.send().await.map_err(job.clients.failed("ebs:StartSnapshot"))?;
@@ -248,13 +303,6 @@ async fn send_start(job: &Job<'_>, parent: Option<&str>) -> Result<(String, bool
     let id =
         answer.snapshot_id.ok_or_else(|| Failure::found("ebs:StartSnapshot", "the answer has no id".to_owned()))?;
     Ok((id, encrypted))
-}
-
-/// Why a block wasn't sent.
-enum Lost {
-    Disk(std::io::Error),
-    Refused(Failure),
-    Bug(JoinError),
 }
 
 async fn send_all(
@@ -283,11 +331,7 @@ async fn send_all(
                 done += BLOCK;
                 limit = if throttled > 0 { (limit * 3 / 4).max(FEWEST) } else { (limit + 1).min(most) };
             }
-            Err(Lost::Disk(error)) => {
-                return Err(Error::io(format!("cannot read the disk {}", job.request.disk.display()), &error));
-            }
-            Err(Lost::Refused(failure)) => return Err(job.error(failure)),
-            Err(Lost::Bug(error)) => return Err(Error::new(Exit::Bug, format!("an upload thread ended: {error}"))),
+            Err(lost) => return Err(lost.into_error(job)),
         }
     }
 }
@@ -315,18 +359,18 @@ impl Sender {
         loop {
             let body = block.try_clone().map(ByteStream::new).unwrap_or_default();
             let Err(failure) = self.put(index, digest, body).await else { return Ok((index, throttled)) };
-            let early = failure.is_not_found() && self.begun.elapsed() < SETTLING;
             // "Error retries for EBS direct APIs": this one of all that are called so is worth another try.
             let damaged =
                 failure.code == "ValidationException" && failure.message.contains("Failed to read block data");
-            if attempt == ATTEMPTS || !(failure.is_passing() || early || damaged) {
+            let early = failure.is_not_found() && self.begun.elapsed() < SETTLING;
+            if !early && (attempt == ATTEMPTS || !(failure.is_passing() || damaged)) {
                 return Err(Lost::Refused(failure));
             }
             throttled += u32::from(failure.is_throttling());
             let why = failure.reason();
             self.events.detail(format!("block {index} goes again ({attempt} of {ATTEMPTS} failed): {why}"));
             sleep(backoff(attempt)).await;
-            attempt += 1;
+            attempt += u32::from(!early);
         }
     }
 
@@ -348,11 +392,13 @@ impl Sender {
 }
 
 /// Seals the snapshot: AWS compares the number of blocks, and the digest over their digests.
-async fn complete(job: &Job<'_>, id: &str, blocks: &[(u64, Digest)]) -> Result<(), Error> {
+///
+/// `doubtful` says that an earlier run may have done so.
+async fn complete(job: &Job<'_>, id: &str, blocks: &[(u64, Digest)], mut doubtful: bool) -> Result<(), Error> {
     let what = "the snapshot's completion";
     let all = blocks.iter().fold(Sha256::new(), |all, (_, digest)| all.chain_update(digest.0));
     let (count, checksum) = (i32::try_from(blocks.len()).unwrap_or(i32::MAX), base64(&all.finalize().into()));
-    let (mut attempt, mut doubtful) = (1, false);
+    let mut attempt = 1;
     loop {
         let Err(failure) = job.stop.or(what, send_complete(job, id, count, &checksum)).await? else { return Ok(()) };
         doubtful |= failure.may_be_done();

@@ -315,7 +315,7 @@ fn denied(failure: &Failure, short: &str, target: &Target) -> Error {
     let error = publish(format!("not permitted to call {short}"));
     let error =
         if failure.message.is_empty() { error } else { error.with_note(format!("AWS said: {}", failure.words())) };
-    let tagging = matches!(failure.call, "ec2:ImportSnapshot" | "ec2:RegisterImage");
+    let tagging = matches!(failure.call, "ec2:ImportSnapshot" | "ec2:RegisterImage" | "ebs:StartSnapshot");
     let also = if tagging { " (and `ec2:CreateTags`)" } else { "" };
     let foreign = if failure.call == "s3:HeadBucket" { "; the bucket may also be another account's" } else { "" };
     error.help(format!("allow `{permission}`{also} on {resource} to the user or role that publishes{foreign}"))

@@ -5,9 +5,10 @@
 //! It is only a help: without it, the snapshot is begun anew.
 
 use std::collections::BTreeSet;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -18,16 +19,10 @@ pub(super) struct Begun {
     /// Of the disk.
     pub(super) digest: String,
     /// The snapshot that it differs from.
-    pub(super) parent: Option<Parent>,
+    pub(super) parent: Option<String>,
     pub(super) encrypted: bool,
-}
-
-/// A snapshot of an earlier disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Parent {
-    pub(super) snapshot: String,
-    /// Of that disk.
-    pub(super) digest: String,
+    /// A digest of all that is to be sent.
+    pub(super) blocks: String,
 }
 
 /// The file, held so that no other kiln goes on with the same snapshot.
@@ -41,31 +36,45 @@ pub(super) struct Journal {
     sealed: bool,
 }
 
+/// What was found beside a disk.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// No journal, or none that can be read.
+    Nothing,
+    /// Another kiln publishes from here to this region.
+    Busy,
+    /// An earlier run's, which has ended.
+    Left(Journal),
+}
+
 /// The line that says that the snapshot takes no more blocks.
 const SEALED: &str = "sealed";
 
 impl Journal {
-    /// The journal of an earlier run that published this disk to this region, if it left one.
-    pub(super) fn open(disk: &Path, region: &str, digest: &str) -> Option<Self> {
+    /// Looks for the journal of an earlier publish from here to this region.
+    pub(super) fn find(disk: &Path, region: &str) -> Found {
         let path = path(disk, region);
-        let mut file = OpenOptions::new().read(true).append(true).open(&path).ok()?;
-        file.try_lock().ok()?;
+        let Ok(mut file) = OpenOptions::new().read(true).append(true).open(&path) else { return Found::Nothing };
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Found::Busy,
+            Err(TryLockError::Error(_)) => return Found::Nothing,
+        }
         let mut lines = BufReader::new(&file).lines().map_while(Result::ok);
         let begun: Option<Begun> = lines.next().and_then(|line| serde_json::from_str(&line).ok());
         // A line that was cut short is the start of another block's number: it must not be believed.
         let words: Vec<_> = lines.filter_map(|line| line.strip_suffix(';').map(str::to_owned)).collect();
         let blocks = words.iter().filter_map(|word| word.parse().ok()).collect();
         let sealed = words.iter().any(|word| word == SEALED);
-        let Some(begun) = begun.filter(|begun| begun.digest == digest) else {
-            let _ = std::fs::remove_file(&path);
-            return None;
-        };
         // What was cut short ends here.
-        file.seek(SeekFrom::End(0)).and_then(|_| file.write_all(b"\n")).ok()?;
-        Some(Self { begun, path, file: Some(file), blocks, sealed })
+        let ended = file.seek(SeekFrom::End(0)).and_then(|_| file.write_all(b"\n"));
+        match begun {
+            Some(begun) if ended.is_ok() => Found::Left(Self { begun, path, file: Some(file), blocks, sealed }),
+            _ => Found::Nothing,
+        }
     }
 
-    /// Begins a journal. Where it can't be written, or another kiln has it, there is none.
+    /// Begins a journal. Where it can't be written there is none.
     pub(super) fn begin(disk: &Path, region: &str, begun: Begun) -> Self {
         let path = path(disk, region);
         let file = OpenOptions::new().append(true).create(true).open(&path).ok().filter(|file| {
@@ -79,6 +88,12 @@ impl Journal {
 
     pub(super) fn begun(&self) -> &Begun {
         &self.begun
+    }
+
+    /// How long ago it was last written to.
+    pub(super) fn age(&self) -> Duration {
+        let modified = self.file.as_ref().and_then(|file| file.metadata().ok()?.modified().ok());
+        modified.and_then(|time| time.elapsed().ok()).unwrap_or(Duration::MAX)
     }
 
     /// Whether AWS has the block.
@@ -117,11 +132,6 @@ impl Journal {
     }
 }
 
-/// Removes the journal of this disk and region: the snapshot is complete, or gone.
-pub(super) fn remove(disk: &Path, region: &str) {
-    let _ = std::fs::remove_file(path(disk, region));
-}
-
 fn path(disk: &Path, region: &str) -> PathBuf {
     disk.with_file_name(format!("publish.{region}.journal"))
 }
@@ -134,32 +144,43 @@ mod tests {
     fn what_was_done_is_known_to_the_next_run() {
         let folder = tempfile::tempdir().unwrap();
         let disk = folder.path().join("disk.raw");
-        let parent = Some(Parent { snapshot: "snap-1".to_owned(), digest: "cd".to_owned() });
-        let begun = Begun { snapshot: "snap-2".to_owned(), digest: "ab".to_owned(), parent, encrypted: false };
-        let open = |region: &str, digest: &str| Journal::open(&disk, region, digest);
-        let journal = folder.path().join("publish.eu-west-1.journal");
-        assert!(open("eu-west-1", "ab").is_none());
+        let begun = Begun {
+            snapshot: "snap-2".to_owned(),
+            digest: "ab".to_owned(),
+            parent: Some("snap-1".to_owned()),
+            encrypted: false,
+            blocks: "cd".to_owned(),
+        };
+        let left = |region: &str| match Journal::find(&disk, region) {
+            Found::Left(journal) => Some(journal),
+            _ => None,
+        };
+        let path = folder.path().join("publish.eu-west-1.journal");
+        assert!(left("eu-west-1").is_none());
         let mut first = Journal::begin(&disk, "eu-west-1", begun.clone());
         first.note(7);
         first.note(120);
-        assert!(open("eu-west-1", "ab").is_none(), "another kiln has it");
+        assert!(first.age() < Duration::from_mins(1));
+        assert!(matches!(Journal::find(&disk, "eu-west-1"), Found::Busy));
         drop(first);
-        assert!(open("us-east-1", "ab").is_none());
+        assert!(left("us-east-1").is_none());
         // Killed in the middle of a line.
-        let mut text = std::fs::read_to_string(&journal).unwrap();
+        let mut text = std::fs::read_to_string(&path).unwrap();
         text.push_str("33");
-        std::fs::write(&journal, &text).unwrap();
-        let mut second = open("eu-west-1", "ab").unwrap();
+        std::fs::write(&path, &text).unwrap();
+        let mut second = left("eu-west-1").unwrap();
         assert_eq!(second.begun(), &begun);
         assert_eq!([7, 120, 33, 3].map(|index| second.has(index)), [true, true, false, false]);
         second.note(33);
         second.seal();
         drop(second);
-        let third = open("eu-west-1", "ab").unwrap();
+        let third = left("eu-west-1").unwrap();
         assert!(third.has(33) && third.is_sealed());
-        drop(third);
-        assert!(open("eu-west-1", "ef").is_none() && !journal.exists(), "of another disk");
-        std::fs::write(&journal, "{ half").unwrap();
-        assert!(open("eu-west-1", "ab").is_none() && !journal.exists());
+        third.remove();
+        assert!(left("eu-west-1").is_none() && !path.exists());
+        std::fs::write(&path, "{ half").unwrap();
+        assert!(left("eu-west-1").is_none());
+        drop(Journal::begin(&disk, "eu-west-1", begun));
+        assert!(left("eu-west-1").is_some_and(|journal| !journal.has(7)));
     }
 }

@@ -32,9 +32,11 @@ use serde::Serialize;
 use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::event::{Event, Events};
+use crate::store::Store;
 use client::Clients;
 use failure::Failure;
 use found::Found;
+use journal::Journal;
 use stop::Stop;
 use undo::{Made, Undo};
 
@@ -75,7 +77,7 @@ pub enum Via {
 }
 
 /// What to publish, and where to.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Request {
     /// The raw disk. It is only read.
     pub disk: PathBuf,
@@ -123,8 +125,8 @@ pub struct Request {
     pub via: Via,
     /// The disk's block map.
     pub block_map: PathBuf,
-    /// Where the block map of an earlier disk would be, by that disk's digest.
-    pub known_map: Arc<dyn Fn(&str) -> Option<PathBuf> + Send + Sync>,
+    /// Where block maps of published snapshots are kept.
+    pub store: Option<Store>,
 }
 
 /// An image that can be launched.
@@ -206,21 +208,30 @@ async fn publish_or_undo(request: &Request, events: &Events, cancel: &Cancel) ->
         preflight::explain(&job, &found).await?;
         return Ok(job.published(String::new(), String::new()));
     }
-    let mut undo = Undo::default();
-    match steps(&job, found, &mut undo).await {
-        Ok(published) => Ok(published),
+    // The journal is held until all is done or taken back, so that no other kiln goes on with what this one deletes.
+    let (mut undo, mut journal) = (Undo::default(), None);
+    let (published, left) = match steps(&job, found, &mut undo, &mut journal).await {
+        Ok(published) => (Ok(published), 0),
         Err(error) => {
-            let error = undo.run(&job, error).await;
-            // A snapshot that could not be deleted is one to go on with.
-            if !undo::is_left(&error) {
-                journal::remove(&request.disk, &job.target.region);
-            }
-            Err(error)
+            let (error, left) = undo.run(&job, error).await;
+            (Err(error), left)
         }
+    };
+    // A snapshot that could not be deleted is one to go on with.
+    if let Some(journal) = journal
+        && left == 0
+    {
+        journal.remove();
     }
+    published
 }
 
-async fn steps(job: &Job<'_>, found: Found, undo: &mut Undo) -> Result<Published, Error> {
+async fn steps(
+    job: &Job<'_>,
+    found: Found,
+    undo: &mut Undo,
+    journal: &mut Option<Journal>,
+) -> Result<Published, Error> {
     let snapshot = match found {
         Found::Image { id, name, snapshot } => {
             job.events.note(format!("image {id} has this disk already"));
@@ -229,6 +240,12 @@ async fn steps(job: &Job<'_>, found: Found, undo: &mut Undo) -> Result<Published
         }
         Found::Snapshot { id } => {
             job.events.note(format!("snapshot {id} has this disk already"));
+            // An earlier run may have sealed it, and been killed.
+            if let journal::Found::Left(left) = Journal::find(&job.request.disk, &job.target.region)
+                && left.begun().snapshot == id
+            {
+                left.remove();
+            }
             id
         }
         Found::Task { id, key } => {
@@ -242,9 +259,9 @@ async fn steps(job: &Job<'_>, found: Found, undo: &mut Undo) -> Result<Published
             snapshot
         }
         Found::Nothing if job.request.via == Via::Ebs => {
-            let work = Box::pin(ebs::upload(job, undo));
+            let work = Box::pin(ebs::upload(job, undo, journal));
             let written = job.phase("upload", ebs::begins(job), ebs::in_words, work).await?;
-            journal::remove(&job.request.disk, &job.target.region);
+            job.keep_map(&written.snapshot);
             written.snapshot
         }
         Found::Nothing => {
@@ -254,6 +271,7 @@ async fn steps(job: &Job<'_>, found: Found, undo: &mut Undo) -> Result<Published
             let snapshot = job.phase("import", import::begins(job), String::clone, work).await?;
             upload::delete(job, undo).await;
             import::tag_snapshot(job, &snapshot).await?;
+            job.keep_map(&snapshot);
             snapshot
         }
     };
@@ -276,6 +294,13 @@ impl Job<'_> {
             boot_mode: rules::boot_mode(request),
             size_gib: request.size,
             dry_run: request.dry_run,
+        }
+    }
+
+    /// Keeps what is in the snapshot that this run has made: the next disk of this recipe is compared with it.
+    fn keep_map(&self, snapshot: &str) {
+        if let Some(store) = &self.request.store {
+            store.keep_map(snapshot, &self.request.block_map);
         }
     }
 

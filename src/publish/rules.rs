@@ -139,7 +139,6 @@ fn input(message: impl Into<String>) -> Error {
 mod tests {
     use std::collections::BTreeMap;
     use std::path::PathBuf;
-    use std::sync::Arc;
     use std::time::Duration;
 
     use super::*;
@@ -169,7 +168,7 @@ mod tests {
             timeout: Duration::from_hours(1),
             via: Via::S3,
             block_map: PathBuf::from("blocks"),
-            known_map: Arc::new(|_| None),
+            store: None,
         }
     }
 

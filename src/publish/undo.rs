@@ -23,9 +23,6 @@ const LOOKS: u32 = 8;
 /// How often a thing with a known id must be unknown to AWS before it is believed to be gone.
 const GONE: u32 = 3;
 
-/// How a note begins that names something that is left.
-const LEFT: &str = "left behind";
-
 /// Something that was made, or that may have been. Without an id, the request's answer is not known.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Made {
@@ -70,9 +67,9 @@ impl Undo {
         self.some(job, |made| matches!(made, Made::Object { key, .. } if which(key))).await
     }
 
-    /// Deletes the snapshots; what is left stays noted.
-    pub(super) async fn snapshots(&mut self, job: &Job<'_>) {
-        self.some(job, |made| matches!(made, Made::Snapshot { .. })).await;
+    /// Deletes the snapshots; what is left is returned in words, and stays noted.
+    pub(super) async fn snapshots(&mut self, job: &Job<'_>) -> Vec<String> {
+        self.some(job, |made| matches!(made, Made::Snapshot { .. })).await
     }
 
     async fn some(&mut self, job: &Job<'_>, which: impl Fn(&Made) -> bool) -> Vec<String> {
@@ -87,11 +84,11 @@ impl Undo {
         left
     }
 
-    /// Takes everything back, last made first. Returns `error` with what is left in its notes.
-    pub(super) async fn run(self, job: &Job<'_>, mut error: Error) -> Error {
+    /// Takes everything back, last made first. Returns `error` with what is left in its notes, and how much that is.
+    pub(super) async fn run(self, job: &Job<'_>, mut error: Error) -> (Error, usize) {
         let made: Vec<Made> = self.made.into_iter().rev().flatten().collect();
         if made.is_empty() {
-            return error;
+            return (error, 0);
         }
         let started = std::time::Instant::now();
         job.events.emit(Event::PhaseStarted { phase: "undo", detail: "taking back what was made".to_owned() });
@@ -106,24 +103,17 @@ impl Undo {
                 made => take_back(job, made).await,
             };
             if let Err(left) = ended {
-                error.notes.push(format!("{LEFT}: {left}"));
+                error.notes.push(format!("left behind: {left}"));
                 if let Made::Image { id: Some(_), snapshot } = made {
                     held = Some(snapshot);
                 }
             }
         }
-        let detail = match error.notes.len() - before {
-            0 => "nothing is left".to_owned(),
-            left => format!("{left} left behind"),
-        };
+        let left = error.notes.len() - before;
+        let detail = if left == 0 { "nothing is left".to_owned() } else { format!("{left} left behind") };
         job.events.emit(Event::PhaseDone { phase: "undo", detail, took: started.elapsed() });
-        error
+        (error, left)
     }
-}
-
-/// Whether something was left behind.
-pub(super) fn is_left(error: &Error) -> bool {
-    error.notes.iter().any(|note| note.starts_with(LEFT))
 }
 
 /// Names what is about to be taken back: whoever ends kiln meanwhile knows what to look for. After a signal that is likely,

@@ -79,13 +79,7 @@ pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<Uploaded, E
     let sender = Arc::new(sender);
     let sent = send_all(job, &sender).await?;
     let uploaded = Uploaded { parts: sent.len(), copied: sent.iter().filter(|one| one.copied).count() };
-    if identity(job, &sender.file)? != before {
-        return Err(Error::new(
-            Exit::Input,
-            format!("the disk {} was changed while it was uploaded", job.request.disk.display()),
-        )
-        .help("publish it again when nothing writes to it"));
-    }
+    unchanged(job, &sender.file, &before)?;
     Box::pin(complete(job, undo, entry, &id, sent)).await?;
     // What can't be deleted now is tried again with the disk's own object.
     let zeros = job.stop.or("the zeros' deletion", undo.objects(job, |key| key != job.target.key));
@@ -101,15 +95,32 @@ pub(super) async fn delete(job: &Job<'_>, undo: &mut Undo) {
 }
 
 fn open(job: &Job<'_>) -> Result<(File, Parts), Error> {
-    let about = |error| Error::io(format!("cannot read the disk {}", job.request.disk.display()), &error);
-    let file = File::open(&job.request.disk).map_err(about)?;
-    let parts = Parts::of(&file, job.request.size * GIB).map_err(about)?;
+    let file = open_disk(job)?;
+    let parts = Parts::of(&file, job.request.size * GIB).map_err(unreadable(job))?;
     Ok((file, parts))
 }
 
-fn identity(job: &Job<'_>, file: &File) -> Result<Identity, Error> {
-    let about = |error| Error::io(format!("cannot read the disk {}", job.request.disk.display()), &error);
-    Identity::of(file).map_err(about)
+pub(super) fn open_disk(job: &Job<'_>) -> Result<File, Error> {
+    File::open(&job.request.disk).map_err(unreadable(job))
+}
+
+/// What the disk is now.
+pub(super) fn identity(job: &Job<'_>, file: &File) -> Result<Identity, Error> {
+    Identity::of(file).map_err(unreadable(job))
+}
+
+/// That the disk is what it was `before`.
+pub(super) fn unchanged(job: &Job<'_>, file: &File, before: &Identity) -> Result<(), Error> {
+    if identity(job, file)? == *before {
+        return Ok(());
+    }
+    let message = format!("the disk {} was changed while it was uploaded", job.request.disk.display());
+    Err(Error::new(Exit::Input, message).help("publish it again when nothing writes to it"))
+}
+
+fn unreadable(job: &Job<'_>) -> impl FnOnce(std::io::Error) -> Error {
+    let words = format!("cannot read the disk {}", job.request.disk.display());
+    move |error| Error::io(words, &error)
 }
 
 async fn create(job: &Job<'_>, undo: &mut Undo) -> Result<(usize, String), Error> {
@@ -163,11 +174,21 @@ struct Sent {
     copied: bool,
 }
 
-/// Why a part wasn't sent.
-enum Lost {
+/// Why a piece of the disk wasn't sent.
+pub(super) enum Lost {
     Disk(std::io::Error),
     Refused(Failure),
     Bug(JoinError),
+}
+
+impl Lost {
+    pub(super) fn into_error(self, job: &Job<'_>) -> Error {
+        match self {
+            Self::Disk(error) => unreadable(job)(error),
+            Self::Refused(failure) => job.error(failure),
+            Self::Bug(error) => Error::new(Exit::Bug, format!("an upload thread ended: {error}")),
+        }
+    }
 }
 
 async fn send_all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Vec<Sent>, Error> {
@@ -190,11 +211,7 @@ async fn send_all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Vec<Sent>, Erro
                 sent.push(one);
                 progress.tell(sender);
             }
-            Err(Lost::Disk(error)) => {
-                return Err(Error::io(format!("cannot read the disk {}", job.request.disk.display()), &error));
-            }
-            Err(Lost::Refused(failure)) => return Err(job.error(failure)),
-            Err(Lost::Bug(error)) => return Err(Error::new(Exit::Bug, format!("an upload thread ended: {error}"))),
+            Err(lost) => return Err(lost.into_error(job)),
         }
     }
     sent.sort_unstable_by_key(|one| one.part.number);

@@ -141,16 +141,18 @@ impl Store {
         known().unwrap_or(false)
     }
 
-    /// Where the block map of the disk with this digest is, if it was kept.
+    /// Where the block map of the disk in this snapshot is, if it was kept. Not by the disk's digest, which is the same
+    /// for a disk with other holes.
     #[must_use]
-    pub fn map_path(&self, digest: &str) -> PathBuf {
-        self.root.join("known").join(digest).with_extension("blocks")
+    pub fn map_path(&self, snapshot: &str) -> PathBuf {
+        self.root.join("known").join(snapshot).with_extension("blocks")
     }
 
-    /// Keeps a disk's block map, so that the next disk can be compared with it. That it can't be kept is no failure.
-    pub fn keep_map(&self, digest: &str, map: &Path) {
+    /// Keeps the block map of a disk that is in a snapshot now, so that the next disk can be compared with it. That it
+    /// can't be kept is no failure.
+    pub fn keep_map(&self, snapshot: &str, map: &Path) {
         let keep = || -> io::Result<()> {
-            let to = self.map_path(digest);
+            let to = self.map_path(snapshot);
             let folder = to.parent().unwrap_or(&self.root);
             std::fs::create_dir_all(folder)?;
             let mut file = tempfile::NamedTempFile::new_in(folder)?;

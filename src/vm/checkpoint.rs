@@ -22,6 +22,8 @@ use super::spec::MEMORY_SOCKET;
 
 /// How long a guest's memory may take to be written or read.
 const LIMIT: Duration = Duration::from_secs(300);
+/// How soon it is seen that a thread has ended.
+const LOOK: Duration = Duration::from_millis(5);
 /// Where the devices of a guest that is saved come out.
 const SAVE_SOCKET: &str = "memory-out";
 
@@ -70,11 +72,34 @@ impl Machine {
         let failed = "cannot write the guest's memory";
         let (devices, keeping) = std::thread::scope(|scope| {
             let keeping = scope.spawn(|| memory.keep(path));
-            let devices = self.devices(folder);
+            let devices = self.devices(folder).and_then(|devices| {
+                self.wait_until("the guest's memory to be written", || keeping.is_finished())?;
+                Ok(devices)
+            });
+            if devices.is_err() {
+                memory.give_up();
+            }
             let keeping = keeping.join().unwrap_or_else(|_| Err(io::Error::other("the writer panicked")));
-            (devices, keeping.map_err(Error::io(failed)))
+            (devices, keeping)
         });
-        keeping?.end(&devices?).map_err(Error::io(failed))
+        // Whatever ended the wait is the reason why the memory was given up.
+        let devices = devices?;
+        keeping.and_then(|keeping| keeping.end(&devices)).map_err(Error::io(failed))
+    }
+
+    /// Waits for a thread, and hears of all that may happen to the guest meanwhile.
+    fn wait_until(&mut self, awaited: &str, is_over: impl Fn() -> bool) -> Result<(), Error> {
+        let deadline = Instant::now() + LIMIT;
+        while !is_over() {
+            match self.wait_for(awaited, LOOK, |_| None::<()>) {
+                Err(Error::TimedOut { console, .. }) if Instant::now() >= deadline => {
+                    return Err(Error::TimedOut { awaited: awaited.to_owned(), limit: LIMIT, console });
+                }
+                Ok(()) | Err(Error::TimedOut { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// QEMU's stream of a guest that stands still.
@@ -85,11 +110,15 @@ impl Machine {
             let mut stream = Vec::new();
             listener.accept()?.0.read_to_end(&mut stream).map(|_| stream)
         });
-        self.announce_migration()?;
-        self.monitor("migrate", &json!({ "uri": format!("unix:{SAVE_SOCKET}") }))?;
-        let saved = self.wait_for_migration("the guest's devices to be written");
+        let saved = self.announce_migration().and_then(|()| {
+            self.monitor("migrate", &json!({ "uri": format!("unix:{SAVE_SOCKET}") }))?;
+            self.wait_for_migration("the guest's devices to be written")
+        });
+        if saved.is_err() {
+            // The reader may wait for a QEMU that will never connect.
+            let _ = connect(folder, SAVE_SOCKET);
+        }
         let _ = std::fs::remove_file(socket);
-        // The reader may wait for a QEMU that will never connect: then it is left to end with the process.
         saved?;
         reader.join().unwrap_or_else(|_| Err(io::Error::other("the reader panicked"))).map_err(Error::io(failed))
     }
@@ -101,7 +130,8 @@ impl Machine {
     pub fn restore(&mut self, loading: Loading, folder: &Path) -> Result<(), Error> {
         self.announce_migration()?;
         self.monitor("migrate-incoming", &json!({ "uri": format!("unix:{MEMORY_SOCKET}") }))?;
-        let mut stream = connect(folder).map_err(Error::io("cannot reach QEMU"))?;
+        let mut stream = connect(folder, MEMORY_SOCKET).map_err(Error::io("cannot reach QEMU"))?;
+        self.wait_until("the guest's memory to be read", || loading.is_over())?;
         let devices = loading.wait().map_err(Error::io("cannot read the guest's memory"))?;
         // QEMU ends the connection when it has had enough, and says why on its own.
         let writer = std::thread::spawn(move || stream.write_all(&devices));
@@ -152,9 +182,9 @@ fn listen(folder: &Path) -> io::Result<(UnixListener, PathBuf)> {
     Ok((listener, path))
 }
 
-fn connect(folder: &Path) -> io::Result<UnixStream> {
+fn connect(folder: &Path, name: &str) -> io::Result<UnixStream> {
     let handle = File::open(folder)?;
-    let stream = UnixStream::connect(format!("/proc/self/fd/{}/{MEMORY_SOCKET}", handle.as_raw_fd()))?;
-    let _ = std::fs::remove_file(folder.join(MEMORY_SOCKET));
+    let stream = UnixStream::connect(format!("/proc/self/fd/{}/{name}", handle.as_raw_fd()))?;
+    let _ = std::fs::remove_file(folder.join(name));
     Ok(stream)
 }

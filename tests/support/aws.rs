@@ -84,6 +84,19 @@ impl Aws {
         self.control("DELETE", "requests", None);
         self.control("POST", "import", Some(&json!({})));
         self.control("POST", "images", Some(&json!({})));
+        self.control("POST", "snapshots", Some(&json!({})));
+    }
+
+    /// From now on new snapshots are encrypted, as an account's owner may choose.
+    #[track_caller]
+    pub(crate) fn encrypt_by_default(&self) {
+        let credential = "Credential=test/20260101/us-east-1/ec2/aws4_request";
+        let mut curl = Command::new("curl");
+        curl.args(["-sS", "--fail-with-body", "--max-time", "30"]);
+        curl.args(["-H", &format!("Authorization: AWS4-HMAC-SHA256 {credential}, SignedHeaders=host, Signature=0")]);
+        curl.args(["-d", "Action=EnableEbsEncryptionByDefault&Version=2016-11-15", self.url()]);
+        let output = curl.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
     }
 
     /// The calls so far of this action, e.g. `ec2:RegisterImage`; all of them for an empty one.
