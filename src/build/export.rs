@@ -1,15 +1,13 @@
 //! `disk.raw` and its block map. What does not change any more is written while the guest still works: see
 //! [`Draft`].
 
-use std::fs::File;
-use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
-use super::manifest::DISK;
-use super::output::{self, Pending};
+use super::manifest::{self, DISK};
+use super::output::Pending;
 use super::session::Session;
 use super::{disk_failure, packages};
 use crate::disk::{self, BlockMap, Draft, Exported, Image, Table, Work};
@@ -67,10 +65,7 @@ impl Early {
 /// The digests of the last disk, as far as they are noted, and whether they are its own. Else they are those of the nearest
 /// that has some, without what was written after that.
 fn known(behind: &[PathBuf]) -> (Option<BlockMap>, bool) {
-    let read = |disk: &PathBuf| {
-        let noted = File::open(disk.with_file_name(BLOCKS)).ok()?;
-        BlockMap::read_from(&mut BufReader::new(noted)).ok()
-    };
+    let read = |disk: &PathBuf| BlockMap::open(&disk.with_file_name(BLOCKS)).ok();
     let Some((top, rest)) = behind.split_last() else { return (None, false) };
     if let Some(map) = read(top) {
         return (Some(map), true);
@@ -109,7 +104,7 @@ pub(super) fn export(session: &Session<'_>, early: Early, pending: &Pending) -> 
         })?;
         let exported = exported.map_err(disk_failure)?;
         let failed = |error: std::io::Error| Error::io("cannot write the block map", &error);
-        let mut blocks = fs_err::File::create(pending.path().join(output::BLOCKS)).map_err(failed)?;
+        let mut blocks = fs_err::File::create(pending.path().join(manifest::BLOCKS)).map_err(failed)?;
         exported.block_map.write_to(&mut blocks).map_err(disk_failure)?;
         let overlay = Image::overlay(&session.overlay()).map_err(disk_failure)?;
         let table = Table::read(&overlay).map_err(disk_failure)?;

@@ -9,14 +9,13 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use super::manifest::{self, Manifest};
 use crate::disk;
 use crate::error::{Error, Exit};
+use crate::publish;
 use crate::store::{self, Scratch};
 
 /// The build's log in the output folder.
 pub(super) const BUILD_LOG: &str = "build.log";
 /// A failed guest's disk among its logs.
 pub(super) const FAILED_DISK: &str = "failed-disk.raw";
-/// The disk's block map in the output folder.
-pub(super) use super::manifest::BLOCKS;
 /// What was published from the output folder.
 const PUBLISHED: &str = "published.json";
 
@@ -76,9 +75,7 @@ impl Pending {
     fn keep_journals(&self) -> io::Result<()> {
         for entry in std::fs::read_dir(&self.folder).into_iter().flatten().flatten() {
             let name = entry.file_name();
-            let is_journal =
-                name.to_str().is_some_and(|name| name.starts_with("publish.") && name.ends_with(".journal"));
-            if is_journal {
+            if publish::is_journal(&name) {
                 std::fs::hard_link(entry.path(), self.path().join(name))?;
             }
         }

@@ -112,7 +112,7 @@ impl Session<'_> {
         self.boots += 1;
         let limit = self.recipe.machine.timeout.unwrap_or(BOOT_LIMIT);
         let (mut left, patience) = (limit, FIRST_READ.min(limit / 5));
-        let mut machine = self.fresh_machine()?;
+        let mut machine = self.machine(self.memory()?, MemoryState::Savable)?;
         // A boot loader reads before the kernel does, so that nothing could be told of that.
         let may_hang = self.accelerator == Accelerator::Tcg && matches!(self.plan.boot, BootPath::Direct);
         let starts = if may_hang { STARTS } else { 1 };
@@ -123,7 +123,7 @@ impl Session<'_> {
             let waited = show_duration(patience);
             self.events.warn(format!("the guest has not read its disk for {waited}: starting it again"));
             machine.end();
-            machine = self.fresh_machine()?;
+            machine = self.machine(self.memory()?, MemoryState::Savable)?;
             left -= patience;
         }
         self.network_up = false;
@@ -137,7 +137,7 @@ impl Session<'_> {
         let memory = self.memory()?;
         // While QEMU starts.
         let loading = Arc::clone(&memory).load(file);
-        let mut machine = self.machine(MemoryState::Restored(memory.path()))?.with_memory(memory);
+        let mut machine = self.machine(memory, MemoryState::Restored)?;
         machine.restore(loading, self.scratch).map_err(guest_failure)?;
         self.network_up = network_up;
         Guest::wake(machine, RESUME_LIMIT).map_err(guest_failure)
@@ -148,14 +148,9 @@ impl Session<'_> {
         Ok(Arc::new(memory.map_err(|error| Error::io("cannot make the guest's memory", &error))?))
     }
 
-    fn fresh_machine(&mut self) -> Result<Machine, Error> {
-        let memory = self.memory()?;
-        Ok(self.machine(MemoryState::Savable(memory.path()))?.with_memory(memory))
-    }
-
-    fn machine(&mut self, memory_state: MemoryState) -> Result<Machine, Error> {
+    fn machine(&mut self, memory: Arc<GuestMemory>, state: fn(PathBuf) -> MemoryState) -> Result<Machine, Error> {
         self.first_overlay = self.overlays;
-        let spec = self.spec(memory_state)?;
+        let spec = self.spec(state(memory.path()))?;
         let launch = Launch {
             qemu: &self.host.qemu,
             folder: self.scratch,
@@ -164,7 +159,8 @@ impl Session<'_> {
             mirror: None,
             keyboard: self.keyboard,
         };
-        Machine::start(&spec, &launch, self.cancel).map_err(|error| self.boot_failure(error))
+        let machine = Machine::start(&spec, &launch, self.cancel).map_err(|error| self.boot_failure(error))?;
+        Ok(machine.with_memory(memory))
     }
 
     /// Gives the guest its network, if it is to have one and hasn't yet.

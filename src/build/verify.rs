@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::manifest::{DISK, Manifest};
+use super::manifest::{BLOCKS, DISK, Manifest};
 use super::{Artifact, Request, at_base, disk_failure, from_home, output};
 use crate::cancel::Cancel;
 use crate::disk::{self, Image};
@@ -99,7 +99,7 @@ fn damage(
     let before = File::open(&disk).and_then(|file| Ok((store::Identity::of(&file)?, file))).ok();
     let read = || -> Result<Option<String>, Error> {
         let compared = store::pass("verify", events, cancel, |work| {
-            store::differences(&disk, &folder.join(output::BLOCKS), Some(manifest.digest.as_str()), work)
+            store::differences(&disk, &folder.join(BLOCKS), Some(manifest.digest.as_str()), work)
         })?;
         Ok(compared.unwrap_or_else(|error| Some(disk_failure(error).message)))
     };

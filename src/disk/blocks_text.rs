@@ -14,7 +14,9 @@
 
 use super::blocks::{BLOCK, BlockMap, Digest};
 use super::error::Error;
-use std::io::{BufRead, Write};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 
 impl BlockMap {
     /// Writes the map as text, line by line.
@@ -29,6 +31,14 @@ impl BlockMap {
             out.flush()
         };
         lines(&mut std::io::BufWriter::new(out)).map_err(Error::BlockMapIo)
+    }
+
+    /// Reads the map in a file.
+    ///
+    /// # Errors
+    /// As [`read_from`](Self::read_from); [`Error::BlockMapIo`] also if there is no such file.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        Self::read_from(&mut BufReader::new(File::open(path).map_err(Error::BlockMapIo)?))
     }
 
     /// Reads a map that [`write_to`](Self::write_to) wrote.

@@ -8,7 +8,6 @@
 //! Source: "EBS direct APIs" in the Amazon EBS User Guide and API Reference.
 
 use std::fs::File;
-use std::io::BufReader;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +15,7 @@ use std::time::Duration;
 use aws_sdk_ebs::primitives::ByteStream;
 use aws_sdk_ebs::types::{ChecksumAggregationMethod, ChecksumAlgorithm, Tag};
 use aws_sdk_ec2::primitives::DateTime;
-use aws_sdk_ec2::types::{Filter, Snapshot, SnapshotState, StorageTier};
+use aws_sdk_ec2::types::{Snapshot, SnapshotState, StorageTier};
 use sha2::{Digest as _, Sha256};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
@@ -128,8 +127,7 @@ fn block_map(job: &Job<'_>) -> Result<BlockMap, Error> {
         Error::new(Exit::Input, format!("cannot read the block map {}: {words}", path.display()))
             .help("build the disk again")
     };
-    let file = File::open(path).map_err(|error| about(error.to_string()))?;
-    let map = BlockMap::read_from(&mut BufReader::new(file)).map_err(|error| about(error.to_string()))?;
+    let map = BlockMap::open(path).map_err(|error| about(error.to_string()))?;
     if map.digest().to_string() == job.request.digest && map.size() == job.request.size * GIB {
         Ok(map)
     } else {
@@ -139,8 +137,7 @@ fn block_map(job: &Job<'_>) -> Result<BlockMap, Error> {
 
 /// The block map of the disk in this snapshot, if it was kept.
 fn known_map(job: &Job<'_>, snapshot: &str) -> Option<BlockMap> {
-    let file = File::open(job.request.store.as_ref()?.map_path(snapshot)).ok()?;
-    BlockMap::read_from(&mut BufReader::new(file)).ok()
+    BlockMap::open(&job.request.store.as_ref()?.map_path(snapshot)).ok()
 }
 
 struct Parent {
@@ -151,7 +148,8 @@ struct Parent {
 /// The newest snapshot of an earlier disk of this recipe that can be a parent: as large, with its block map at hand, and
 /// encrypted if new snapshots are (`encrypts`), because AWS takes no other then.
 async fn parent(job: &Job<'_>, map: &BlockMap, encrypts: bool) -> Result<Option<Parent>, Error> {
-    let answer = job.stop.or("earlier snapshots", earlier(job)).await?;
+    let of_recipe = found::snapshots(job, rules::NAME_TAG, &job.request.name);
+    let answer = job.stop.or("earlier snapshots", of_recipe).await?;
     let mut snapshots = found::may_look(job, "snapshots", answer)?;
     snapshots.retain(|snapshot| {
         snapshot.state() == Some(&SnapshotState::Completed)
@@ -179,12 +177,6 @@ async fn encrypts(job: &Job<'_>) -> Result<bool, Error> {
     let call = job.clients.ec2.get_ebs_encryption_by_default();
     let answer = job.stop.or("whether snapshots are encrypted", call.send()).await?;
     Ok(answer.is_ok_and(|answer| answer.ebs_encryption_by_default() == Some(true)))
-}
-
-async fn earlier(job: &Job<'_>) -> Result<Vec<Snapshot>, Failure> {
-    let same = Filter::builder().name(format!("tag:{}", rules::NAME_TAG)).values(&job.request.name).build();
-    let answer = job.clients.ec2.describe_snapshots().owner_ids("self").filters(same).send().await;
-    Ok(answer.map_err(job.clients.failed("ec2:DescribeSnapshots"))?.snapshots.unwrap_or_default())
 }
 
 type Blocks = Vec<(u64, Digest)>;
@@ -231,7 +223,7 @@ async fn state_of_begun(job: &Job<'_>, journal: &Journal) -> Result<Option<Snaps
     let young = journal.age() < SETTLING;
     let until = Instant::now() + if young { import::settling(job.request.poll) } else { Duration::ZERO };
     loop {
-        match job.stop.or("the snapshot that was begun", snapshot(job, &journal.begun().snapshot)).await? {
+        match job.stop.or("the snapshot that was begun", found::snapshot(job, &journal.begun().snapshot)).await? {
             Ok(found) => return Ok(found.state().cloned()),
             Err(failure) if !failure.is_not_found() => return Err(job.error(failure)),
             Err(_) if Instant::now() >= until => return Ok(None),
@@ -431,7 +423,7 @@ async fn send_complete(job: &Job<'_>, id: &str, count: i32, checksum: &str) -> R
 async fn is_soon_completed(job: &Job<'_>, id: &str) -> Result<bool, Error> {
     let until = Instant::now() + import::settling(job.request.poll);
     loop {
-        let answer = job.stop.or("the snapshot", snapshot(job, id)).await?;
+        let answer = job.stop.or("the snapshot", found::snapshot(job, id)).await?;
         if answer.is_ok_and(|snapshot| snapshot.state() == Some(&SnapshotState::Completed)) {
             return Ok(true);
         }
@@ -445,7 +437,7 @@ async fn is_soon_completed(job: &Job<'_>, id: &str) -> Result<bool, Error> {
 async fn until_completed(job: &Job<'_>, id: &str) -> Result<(), Error> {
     let what = format!("snapshot {id} to be completed");
     loop {
-        let found = import::retry_not_found(job, &what, || snapshot(job, id)).await?;
+        let found = import::retry_not_found(job, &what, || found::snapshot(job, id)).await?;
         match found.state() {
             Some(SnapshotState::Completed) => return Ok(()),
             Some(SnapshotState::Error) => {
@@ -458,18 +450,10 @@ async fn until_completed(job: &Job<'_>, id: &str) -> Result<(), Error> {
     }
 }
 
-async fn snapshot(job: &Job<'_>, id: &str) -> Result<Snapshot, Failure> {
-    let answer = job.clients.ec2.describe_snapshots().snapshot_ids(id).send().await;
-    let answer = answer.map_err(job.clients.failed("ec2:DescribeSnapshots"))?;
-    answer.snapshots.unwrap_or_default().into_iter().next().ok_or_else(|| Failure::absent("ec2:DescribeSnapshots"))
-}
-
 /// The snapshot of this run, if there is one.
 pub(super) async fn find(job: &Job<'_>) -> Result<Option<String>, Failure> {
-    let own = Filter::builder().name(format!("tag:{}", import::RUN_TAG)).values(&job.target.run).build();
-    let answer = job.clients.ec2.describe_snapshots().owner_ids("self").filters(own).send().await;
-    let answer = answer.map_err(job.clients.failed("ec2:DescribeSnapshots"))?;
-    Ok(answer.snapshots().first().and_then(Snapshot::snapshot_id).map(str::to_owned))
+    let own = found::snapshots(job, import::RUN_TAG, &job.target.run).await?;
+    Ok(own.first().and_then(Snapshot::snapshot_id).map(str::to_owned))
 }
 
 #[cfg(test)]

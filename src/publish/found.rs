@@ -30,7 +30,8 @@ pub(super) async fn look(job: &Job<'_>) -> Result<Found, Error> {
     if let Some(found) = images.iter().find_map(|image| alike(job, image)) {
         return Ok(found);
     }
-    let snapshots = may_look(job, "snapshots", job.stop.or("the snapshots of this disk", snapshots(job)).await?)?;
+    let same = snapshots(job, rules::DIGEST_TAG, &job.request.digest);
+    let snapshots = may_look(job, "snapshots", job.stop.or("the snapshots of this disk", same).await?)?;
     if let Some(id) = snapshots.iter().find_map(|snapshot| whole(job, snapshot)) {
         return Ok(Found::Snapshot { id });
     }
@@ -75,10 +76,17 @@ fn alike(job: &Job<'_>, image: &Image) -> Option<Found> {
     })
 }
 
-async fn snapshots(job: &Job<'_>) -> Result<Vec<Snapshot>, Failure> {
-    let same = tagged(rules::DIGEST_TAG, &job.request.digest);
-    let answer = job.clients.ec2.describe_snapshots().owner_ids("self").filters(same).send().await;
+/// This account's snapshots with this tag.
+pub(super) async fn snapshots(job: &Job<'_>, key: &str, value: &str) -> Result<Vec<Snapshot>, Failure> {
+    let answer = job.clients.ec2.describe_snapshots().owner_ids("self").filters(tagged(key, value)).send().await;
     Ok(answer.map_err(job.clients.failed("ec2:DescribeSnapshots"))?.snapshots.unwrap_or_default())
+}
+
+/// The snapshot with this id.
+pub(super) async fn snapshot(job: &Job<'_>, id: &str) -> Result<Snapshot, Failure> {
+    let answer = job.clients.ec2.describe_snapshots().snapshot_ids(id).send().await;
+    let answer = answer.map_err(job.clients.failed("ec2:DescribeSnapshots"))?;
+    answer.snapshots.unwrap_or_default().into_iter().next().ok_or_else(|| Failure::absent("ec2:DescribeSnapshots"))
 }
 
 fn whole(job: &Job<'_>, snapshot: &Snapshot) -> Option<String> {
@@ -113,14 +121,11 @@ async fn is_useful(job: &Job<'_>, task: &ImportSnapshotTask) -> Result<bool, Fai
         State::Working { .. } => Ok(true),
         State::Failed { .. } => Ok(false),
         // AWS remembers tasks longer than people keep snapshots.
-        State::Done { snapshot } => {
-            let answer = job.clients.ec2.describe_snapshots().snapshot_ids(snapshot).send().await;
-            match answer.map_err(job.clients.failed("ec2:DescribeSnapshots")) {
-                Ok(answer) => Ok(answer.snapshots().iter().any(|snapshot| whole(job, snapshot).is_some())),
-                Err(failure) if failure.is_not_found() => Ok(false),
-                Err(failure) => Err(failure),
-            }
-        }
+        State::Done { snapshot: id } => match snapshot(job, &id).await {
+            Ok(snapshot) => Ok(whole(job, &snapshot).is_some()),
+            Err(failure) if failure.is_not_found() => Ok(false),
+            Err(failure) => Err(failure),
+        },
     }
 }
 

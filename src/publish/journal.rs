@@ -5,6 +5,7 @@
 //! It is only a help: without it, the snapshot is begun anew.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -47,6 +48,9 @@ pub(super) enum Found {
     Left(Journal),
 }
 
+/// How journals are named: the region is between these.
+const START: &str = "publish.";
+const END: &str = ".journal";
 /// The line that says that the snapshot takes no more blocks.
 const SEALED: &str = "sealed";
 
@@ -133,7 +137,12 @@ impl Journal {
 }
 
 fn path(disk: &Path, region: &str) -> PathBuf {
-    disk.with_file_name(format!("publish.{region}.journal"))
+    disk.with_file_name(format!("{START}{region}{END}"))
+}
+
+/// Whether a file beside a disk is a journal, by its name.
+pub(crate) fn is_journal(name: &OsStr) -> bool {
+    name.to_str().is_some_and(|name| name.starts_with(START) && name.ends_with(END))
 }
 
 #[cfg(test)]

@@ -32,11 +32,13 @@ use serde::Serialize;
 use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::event::{Event, Events};
+use crate::recipe::Via;
 use crate::store::Store;
 use client::Clients;
 use failure::Failure;
 use found::Found;
 use journal::Journal;
+pub(crate) use journal::is_journal;
 use stop::Stop;
 use undo::{Made, Undo};
 
@@ -64,16 +66,6 @@ pub enum BootMode {
     Uefi,
     /// By UEFI where the instance type has it, else by a boot sector.
     UefiPreferred,
-}
-
-/// How the disk becomes a snapshot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Via {
-    /// Uploaded to a bucket, from which AWS imports it.
-    #[default]
-    S3,
-    /// Written into a snapshot block by block (EBS direct).
-    Ebs,
 }
 
 /// What to publish, and where to.

@@ -261,12 +261,20 @@ where
     }
 }
 
-async fn undo_image(job: &Job<'_>, id: Option<&str>, snapshot: &str) -> Result<Option<Made>, Left> {
+/// The id of what was made by this call, looked for if no answer told it.
+async fn id_of<F>(id: Option<&str>, call: &str, find: impl FnMut() -> F) -> Result<String, Left>
+where
+    F: Future<Output = Result<Option<String>, Failure>>,
+{
     let id = match id {
         Some(id) => Some(id.to_owned()),
-        None => search(|| async { Ok(image::own(&image::of_name(job).await?, snapshot)) }).await?,
+        None => search(find).await?,
     };
-    let Some(id) = id else { return Err(Left::because("no answer to RegisterImage came, and there is none so far")) };
+    id.ok_or_else(|| Left::because(format!("no answer to {call} came, and there is none so far")))
+}
+
+async fn undo_image(job: &Job<'_>, id: Option<&str>, snapshot: &str) -> Result<Option<Made>, Left> {
+    let id = id_of(id, "RegisterImage", || async { Ok(image::own(&image::of_name(job).await?, snapshot)) }).await?;
     let deleted = until_deleted(|| async {
         let call = job.clients.ec2.deregister_image().image_id(&id);
         call.send().await.map(|_| ()).map_err(job.clients.failed("ec2:DeregisterImage"))
@@ -284,20 +292,12 @@ async fn delete_snapshot(job: &Job<'_>, id: &str) -> Result<Option<Made>, Left> 
 }
 
 async fn undo_snapshot(job: &Job<'_>, id: Option<&str>) -> Result<Option<Made>, Left> {
-    let id = match id {
-        Some(id) => Some(id.to_owned()),
-        None => search(|| ebs::find(job)).await?,
-    };
-    let Some(id) = id else { return Err(Left::because("no answer to StartSnapshot came, and there is none so far")) };
+    let id = id_of(id, "StartSnapshot", || ebs::find(job)).await?;
     delete_snapshot(job, &id).await
 }
 
 async fn undo_task(job: &Job<'_>, id: Option<&str>) -> Result<Option<Made>, Left> {
-    let id = match id {
-        Some(id) => Some(id.to_owned()),
-        None => search(|| find_task(job)).await?,
-    };
-    let Some(id) = id else { return Err(Left::because("no answer to ImportSnapshot came, and there is none so far")) };
+    let id = id_of(id, "ImportSnapshot", || find_task(job)).await?;
     let task = || Some(Made::Task { id: Some(id.clone()) });
     match cancel_task(job, &id).await {
         Ok(deleted) => Ok(deleted.or_else(task)),

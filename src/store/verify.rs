@@ -120,8 +120,7 @@ pub(crate) fn differences(
     digest: Option<&str>,
     work: &Work<'_>,
 ) -> Result<Option<String>, disk::Error> {
-    let text = File::open(map).map_err(disk::Error::BlockMapIo)?;
-    let map = BlockMap::read_from(&mut std::io::BufReader::new(text))?;
+    let map = BlockMap::open(map)?;
     if digest.is_some_and(|digest| digest != map.digest().to_string()) {
         return Ok(Some("its block map is another disk's".to_owned()));
     }

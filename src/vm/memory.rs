@@ -9,7 +9,7 @@
 //! record      the devices: QEMU's stream. Who finds it last has found everything.
 //! ```
 //!
-//! A record is a head ([`Head`], little-endian) and its bytes, compressed as one LZ4 block: memory shrinks two- to
+//! A record is a head (`Head`, little-endian) and its bytes, compressed as one LZ4 block: memory shrinks two- to
 //! fourfold, and that is faster than to have the host take twice as many bytes.
 
 use std::fs::{File, OpenOptions};
@@ -187,8 +187,8 @@ impl Loading {
     /// # Errors
     /// When the file can't be read, or is not whole.
     pub fn wait(mut self) -> io::Result<Vec<u8>> {
-        let read = self.thread.take().map(JoinHandle::join);
-        read.unwrap_or_else(|| Ok(Err(damaged()))).unwrap_or_else(|_| Err(io::Error::other("the reader panicked")))
+        let Some(thread) = self.thread.take() else { return Err(io::Error::other("it was read before")) };
+        thread.join().unwrap_or_else(|_| Err(io::Error::other("the reader panicked")))
     }
 
     /// Whether [`wait`](Self::wait) would not wait.
