@@ -149,6 +149,7 @@ install_missing() {
         install_packages
         # apt makes room for a package by removing others: where QEMU's tools came from another source than its
         # emulator now does, they are gone, and have to come from there as well.
+        hash -r # the shell remembers where it found them
         missing=''
         for pair in $wanted; do want "${pair%%=*}" "${pair#*=}"; done
         if [ -n "$missing" ]; then
