@@ -72,6 +72,19 @@ pub enum Via {
     S3,
     /// Written block by block into a snapshot (EBS direct)
     Ebs,
+    /// By EBS direct where that is permitted, else through the bucket
+    Auto,
+}
+
+/// Whether an image can be deregistered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Protection {
+    /// It can
+    Off,
+    /// Not before that is turned off
+    On,
+    /// Not before that is turned off, nor in the day after
+    Cooldown,
 }
 
 /// What to do.
@@ -236,10 +249,10 @@ pub struct Shell {
 pub struct Publish {
     /// The output folder of a build
     pub outdir: PathBuf,
-    /// Region to publish in [default: the recipe's, then the SDK's]
-    #[arg(long)]
-    pub region: Option<String>,
-    /// Bucket for the import, in that region [default: the recipe's]
+    /// Region to publish to, may be given several times [default: the recipe's, then the SDK's]
+    #[arg(long = "region", value_name = "REGION", value_delimiter = ',')]
+    pub regions: Vec<String>,
+    /// Bucket for the import, in one of the regions [default: the recipe's]
     #[arg(long)]
     pub bucket: Option<String>,
     /// How the disk gets to AWS: through a bucket, or block by block into a snapshot [default: the recipe's, then s3]
@@ -248,6 +261,27 @@ pub struct Publish {
     /// The image's name, with {name} {date} {time} {digest:N} {version} [default: the recipe's]
     #[arg(long, value_name = "NAME")]
     pub image_name: Option<String>,
+    /// Who may launch the image: an account, an organisation's or unit's ARN, or `all`; may be given several times
+    #[arg(long, value_name = "WHO", value_delimiter = ',')]
+    pub share: Vec<String>,
+    /// Let the accounts make volumes of the image's snapshots too
+    #[arg(long)]
+    pub share_snapshots: bool,
+    /// Deprecate the image after this time, like 90d, 12w or 2y [default: the recipe's]
+    #[arg(long, value_name = "TIME")]
+    pub deprecate_after: Option<String>,
+    /// Protect the image from being deregistered [default: the recipe's, then off]
+    #[arg(long, value_name = "WHETHER")]
+    pub protection: Option<Protection>,
+    /// The SSM parameter that is to name the image, in every region [default: the recipe's]
+    #[arg(long, value_name = "NAME")]
+    pub parameter: Option<String>,
+    /// Replace an image of that name, once the new one is available
+    #[arg(long)]
+    pub force: bool,
+    /// Stop all regions when one fails
+    #[arg(long)]
+    pub fail_fast: bool,
     /// How many parts are uploaded at once
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=32))]
     pub parallel: u8,
@@ -257,4 +291,10 @@ pub struct Publish {
     /// Only read, and say what would be done
     #[arg(long)]
     pub dry_run: bool,
+    /// Only check region, bucket, role and permissions
+    #[arg(long, conflicts_with = "dry_run")]
+    pub check: bool,
+    /// Print the IAM policy that this publish needs, and ask AWS nothing
+    #[arg(long, conflicts_with_all = ["dry_run", "check"])]
+    pub iam_policy: bool,
 }

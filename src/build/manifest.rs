@@ -159,6 +159,25 @@ pub struct PublishFacts {
     /// How the disk becomes a snapshot: `s3` or `ebs`. Early manifests don't have it.
     #[serde(default = "default_via")]
     pub via: String,
+    /// What is done with the image once it is there. Early manifests don't have it.
+    #[serde(default)]
+    pub release: ReleaseFacts,
+}
+
+/// What `[publish]` says of an image that is there.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ReleaseFacts {
+    /// Who may launch it.
+    pub share: Vec<String>,
+    /// They may make volumes of its snapshots too.
+    pub share_snapshots: bool,
+    /// In how many seconds it counts as old.
+    pub deprecate_after: Option<u64>,
+    /// `off`, `on` or `cooldown`.
+    pub protection: String,
+    /// The template of the SSM parameter's name.
+    pub parameter: Option<String>,
 }
 
 fn default_via() -> String {
@@ -187,6 +206,13 @@ impl PublishFacts {
             tags: publish.tags.clone(),
             role: publish.role.clone(),
             via: publish.via.as_str().to_owned(),
+            release: ReleaseFacts {
+                share: publish.release.share.iter().map(ToString::to_string).collect(),
+                share_snapshots: publish.release.share_snapshots,
+                deprecate_after: publish.release.deprecate_after.map(|after| after.as_secs()),
+                protection: publish.release.protection.as_str().to_owned(),
+                parameter: publish.release.parameter.clone(),
+            },
         }
     }
 }

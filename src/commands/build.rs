@@ -62,7 +62,7 @@ fn several(
     // These events end before the builds begin, whose live lines are on a board of their own.
     let prepared = many::prepare(requests, &store, &ui.events(), context.cancel);
     let ready = prepared.map_err(|errors| refused(context, errors, recipes))?;
-    let board = ui.board();
+    let board = ui.board("recipe");
     let how =
         How { jobs, fail_fast, events: &|name| board.events(name), failed: &|name, error| board.error(name, error) };
     let built = ready.run(&how, &store, context.cancel);

@@ -1,5 +1,6 @@
 //! `kiln publish`.
 
+use std::fmt::Write as _;
 use std::fs::{File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -11,8 +12,8 @@ use kiln::build::manifest::{BLOCKS, DISK, Manifest};
 use kiln::cli::{self, Publish};
 use kiln::error::{Error, Exit};
 use kiln::event::{Event, Events};
-use kiln::publish::{self, Architecture, BootMode, Request};
-use kiln::recipe::{NamePart, Via, aws, name_parts};
+use kiln::publish::{self, Architecture, BootMode, Checked, Ended, How, Published, Request, Verdict};
+use kiln::recipe::{self, NamePart, Protection, Release, Via, aws, name_parts};
 use kiln::store::Store;
 use kiln::units::GIB;
 use serde_json::{Value, json};
@@ -24,27 +25,126 @@ const POLL: Duration = Duration::from_secs(15);
 /// In the output folder: the images that were made of its disk.
 const PUBLISHED: &str = "published.json";
 
-/// Uploads, imports, registers; prints `REGION AMI-ID`.
+/// Uploads, imports, registers; prints `REGION AMI-ID` for each region.
 pub(super) fn run(context: &Context<'_>, arguments: Publish) -> Result<(), Error> {
     let manifest = Manifest::read(&arguments.outdir)?;
     let events = context.ui.events();
     // Without a cache nothing is known of the disk, and it is read once more.
     let store = context.store().ok();
     let request = request(&manifest, &arguments, store.clone(), &events)?;
-    build::check_disk(&arguments.outdir, &manifest, store.as_ref(), &events, context.cancel)?;
-    let published = publish::publish(&request, &events, context.cancel)?;
-    let result = json!([published]);
-    if arguments.dry_run {
-        context.ui.result("", &result);
+    if arguments.iam_policy {
+        let policy = publish::policy(&request)?;
+        context.ui.result(&serde_json::to_string_pretty(&policy).unwrap_or_default(), &policy);
         return Ok(());
     }
-    if let Err(error) = remember(&arguments.outdir, &json!(published)) {
-        // The image exists and its id is printed: that its note could not be kept is no failure.
-        let file = arguments.outdir.join(PUBLISHED);
-        events.warn(format!("cannot add the image to `{}`: {error}", file.display()));
+    if arguments.check {
+        drop(events);
+        return check(context, &request);
     }
-    context.ui.result(&format!("{} {}", published.region, published.image_id), &result);
-    Ok(())
+    build::check_disk(&arguments.outdir, &manifest, store.as_ref(), &events, context.cancel)?;
+    drop(events);
+    let ended = everywhere(context, &request, arguments.fail_fast)?;
+    let published: Vec<&Published> = ended.iter().filter_map(|one| one.image.as_ref()).collect();
+    if !arguments.dry_run {
+        for image in &published {
+            if let Err(error) = remember(&arguments.outdir, &json!(image)) {
+                // The image exists and its id is printed: that its note could not be kept is no failure.
+                let file = arguments.outdir.join(PUBLISHED);
+                context.ui.events().warn(format!("cannot add the image to `{}`: {error}", file.display()));
+            }
+        }
+        tell_github(context, &published);
+    }
+    let lines = published.iter().map(|image| format!("{} {}\n", image.region, image.image_id));
+    let human = if arguments.dry_run { String::new() } else { lines.collect() };
+    if !published.is_empty() || ended.len() > 1 {
+        context.ui.result(&human, &json!(published));
+    }
+    outcome(context, ended)
+}
+
+/// Publishes to every region, each shown beside the others if there are several.
+fn everywhere(context: &Context<'_>, request: &Request, fail_fast: bool) -> Result<Vec<Ended>, Error> {
+    if request.regions.len() < 2 {
+        let events = context.ui.events();
+        let how = How { fail_fast, events: &|_| events.clone(), failed: &|_, _| () };
+        return publish::publish(request, &how, context.cancel);
+    }
+    let board = context.ui.board("region");
+    let how = How {
+        fail_fast,
+        events: &|region| board.events(region),
+        failed: &|region, error| board.error(region, error),
+    };
+    publish::publish(request, &how, context.cancel)
+}
+
+/// How kiln ends: with the failure of the only region, or with how many have failed.
+fn outcome(context: &Context<'_>, mut ended: Vec<Ended>) -> Result<(), Error> {
+    let regions = ended.len();
+    if regions == 1 {
+        return ended.remove(0).error.map_or(Ok(()), Err);
+    }
+    let failed: Vec<(&str, &Error)> =
+        ended.iter().filter_map(|one| Some((one.region.as_str(), one.error.as_ref()?))).collect();
+    context.cancel.check()?;
+    let Some((_, first)) = failed.first() else { return Ok(()) };
+    let names: Vec<&str> = failed.iter().map(|(region, _)| *region).collect();
+    let message = format!("{} of {regions} regions failed: {}", failed.len(), names.join(", "));
+    Err(Error::new(first.exit, message).help("publish again: what is there already is found, and only the rest is made"))
+}
+
+/// For the next steps of a workflow, where GitHub Actions asks for it: the first region's image, and all of them.
+fn tell_github(context: &Context<'_>, published: &[&Published]) {
+    let Some(file) = std::env::var_os("GITHUB_OUTPUT").filter(|file| !file.is_empty()) else { return };
+    let Some(first) = published.first() else { return };
+    let images: serde_json::Map<String, Value> =
+        published.iter().map(|image| (image.region.clone(), json!(image.image_id))).collect();
+    let lines = [
+        ("image-id", first.image_id.clone()),
+        ("snapshot-id", first.snapshot_id.clone()),
+        ("image-name", first.image_name.clone()),
+        ("digest", first.digest.clone()),
+        ("images", Value::Object(images).to_string()),
+    ];
+    let text: String = lines.iter().map(|(key, value)| format!("{key}={value}\n")).collect();
+    let written =
+        File::options().append(true).create(true).open(&file).and_then(|mut file| file.write_all(text.as_bytes()));
+    if let Err(error) = written {
+        let file = Path::new(&file).display();
+        context.ui.events().warn(format!("cannot add the image to GITHUB_OUTPUT (`{file}`): {error}"));
+    }
+}
+
+/// Prints what a publish would meet in each region.
+fn check(context: &Context<'_>, request: &Request) -> Result<(), Error> {
+    let events = context.ui.events();
+    let all = publish::check(request, &events, context.cancel)?;
+    drop(events);
+    let mut lines = String::new();
+    for (region, checked) in &all {
+        for Checked { what, verdict } in checked {
+            let (word, detail, help) = match verdict {
+                Verdict::Good { detail } => ("ok", detail, None),
+                Verdict::Bad { detail, help } => ("fails", detail, help.as_ref()),
+                Verdict::Unknown { detail } => ("unknown", detail, None),
+            };
+            let help = help.map(|help| format!("; {help}")).unwrap_or_default();
+            let _ = writeln!(lines, "{region:<15} {what:<20} {word:<8} {detail}{help}");
+        }
+    }
+    let json = all.iter().map(|(region, checked)| json!({ "region": region, "checks": checked }));
+    context.ui.result(&lines, &json.collect());
+    let bad = |one: &Checked| matches!(one.verdict, Verdict::Bad { .. });
+    let failing: Vec<&str> = all
+        .iter()
+        .filter(|(_, checked)| checked.iter().any(bad))
+        .map(|(region, _)| region.as_str())
+        .collect();
+    if failing.is_empty() {
+        return Ok(());
+    }
+    Err(Error::new(Exit::Publish, format!("a publish would fail in {}", failing.join(", "))))
 }
 
 /// Adds an image to those that were made of this disk. An earlier one of its region and name is gone: AWS lets nobody
@@ -78,12 +178,12 @@ fn request(manifest: &Manifest, arguments: &Publish, store: Option<Store>, event
         size: manifest.size / GIB,
         digest: manifest.digest.clone(),
         name: manifest.name.clone(),
-        image_name: image_name(template, manifest)?,
+        image_name: filled(template, manifest)?,
         name_varies: name_parts(template)
             .is_ok_and(|parts| parts.iter().any(|part| matches!(part, NamePart::Date | NamePart::Time))),
         description: description(manifest, events),
         arch: if manifest.arch == "aarch64" { Architecture::Arm64 } else { Architecture::X86_64 },
-        region: region(manifest, arguments)?,
+        regions: regions(manifest, arguments)?,
         bucket: arguments.bucket.clone().or_else(|| facts.bucket.clone()),
         prefix: facts.prefix.clone().unwrap_or_default(),
         boot_mode: boot_mode(facts.boot_mode.as_deref(), &manifest.boot_modes)?,
@@ -97,6 +197,8 @@ fn request(manifest: &Manifest, arguments: &Publish, store: Option<Store>, event
         dry_run: arguments.dry_run,
         timeout: duration("--timeout", &arguments.timeout)?,
         via: via(manifest, arguments)?,
+        release: release(manifest, arguments)?,
+        force: arguments.force,
         block_map: arguments.outdir.join(BLOCKS),
         store,
     })
@@ -105,22 +207,57 @@ fn request(manifest: &Manifest, arguments: &Publish, store: Option<Store>, event
 fn via(manifest: &Manifest, arguments: &Publish) -> Result<Via, Error> {
     match (arguments.via, manifest.publish.via.as_str()) {
         (Some(cli::Via::Ebs), _) | (None, "ebs") if arguments.bucket.is_some() => {
-            Err(Error::new(Exit::Usage, "EBS direct needs no bucket").help("leave out --bucket, or use --via s3"))
+            Err(Error::new(Exit::Usage, "EBS direct needs no bucket").help("leave out --bucket, or use --via s3 or auto"))
         }
         (Some(cli::Via::Ebs), _) | (None, "ebs") => Ok(Via::Ebs),
+        (Some(cli::Via::Auto), _) | (None, "auto") => Ok(Via::Auto),
         _ => Ok(Via::S3),
     }
 }
 
-fn region(manifest: &Manifest, arguments: &Publish) -> Result<Option<String>, Error> {
-    match (&arguments.region, manifest.publish.regions.as_slice()) {
-        (Some(region), _) | (None, [region]) => Ok(Some(region.clone())),
-        (None, []) => Ok(None),
-        (None, regions) => {
-            let message = format!("the recipe names {} regions, and kiln publishes to one at a time", regions.len());
-            Err(Error::new(Exit::Usage, message).help(format!("name one: --region {}", regions[0])))
-        }
+fn regions(manifest: &Manifest, arguments: &Publish) -> Result<Vec<String>, Error> {
+    let asked = if arguments.regions.is_empty() { &manifest.publish.regions } else { &arguments.regions };
+    match asked.iter().enumerate().find(|(number, region)| asked[..*number].contains(region)) {
+        Some((_, twice)) => Err(Error::new(Exit::Usage, format!("the region `{twice}` is there twice"))),
+        None => Ok(asked.clone()),
     }
+}
+
+/// What is done with the image once it is there: the recipe's wishes, and the command line's over them.
+fn release(manifest: &Manifest, arguments: &Publish) -> Result<Release, Error> {
+    let facts = &manifest.publish.release;
+    let usage = |(message, help): recipe::Refusal| {
+        let error = Error::new(Exit::Usage, message);
+        match help {
+            Some(help) => error.help(help),
+            None => error,
+        }
+    };
+    let asked = if arguments.share.is_empty() { &facts.share } else { &arguments.share };
+    let share = asked.iter().map(|who| who.parse().map_err(|refused: aws::Refusal| usage((refused.message, Some(refused.help)))));
+    let deprecate_after = match &arguments.deprecate_after {
+        Some(text) => Some(recipe::days(text).map_err(usage)?),
+        None => facts.deprecate_after.map(Duration::from_secs),
+    };
+    let parameter = match arguments.parameter.as_ref().or(facts.parameter.as_ref()) {
+        Some(template) => {
+            recipe::parameter(template).map_err(usage)?;
+            Some(filled(template, manifest)?)
+        }
+        None => None,
+    };
+    let protection = match (arguments.protection, facts.protection.as_str()) {
+        (Some(cli::Protection::On), _) | (None, "on") => Protection::On,
+        (Some(cli::Protection::Cooldown), _) | (None, "cooldown") => Protection::Cooldown,
+        _ => Protection::Off,
+    };
+    Ok(Release {
+        share: share.collect::<Result<_, _>>()?,
+        share_snapshots: arguments.share_snapshots || facts.share_snapshots,
+        deprecate_after,
+        protection,
+        parameter,
+    })
 }
 
 /// [publish]'s own, or what the recipe says of itself: that is free text, and AWS may not take it.
@@ -168,7 +305,8 @@ fn boot_mode(wanted: Option<&str>, disk: &[String]) -> Result<BootMode, Error> {
     }
 }
 
-fn image_name(template: &str, manifest: &Manifest) -> Result<String, Error> {
+/// A template with its placeholders filled in.
+fn filled(template: &str, manifest: &Manifest) -> Result<String, Error> {
     let parts = name_parts(template).map_err(|error| {
         let failure = Error::new(Exit::Usage, error.message);
         match error.help {

@@ -39,11 +39,14 @@ pub(super) struct Clients {
     pub(super) s3: aws_sdk_s3::Client,
     pub(super) ec2: aws_sdk_ec2::Client,
     pub(super) ebs: aws_sdk_ebs::Client,
+    pub(super) ssm: aws_sdk_ssm::Client,
     region: String,
+    config: SdkConfig,
     attempts: u32,
     s3_url: LastUrl,
     ec2_url: LastUrl,
     ebs_url: LastUrl,
+    ssm_url: LastUrl,
 }
 
 impl Clients {
@@ -57,24 +60,37 @@ impl Clients {
             Some(region) => Region::new(region.to_owned()),
             None => usual_region(&metadata).await.ok_or_else(no_region)?,
         };
-        let config = load_config(region.clone(), https, metadata, attempts).await;
-        let (s3_url, ec2_url, ebs_url) = (LastUrl::default(), LastUrl::default(), LastUrl::default());
+        Ok(Self::new(load_config(region, https, metadata, attempts).await, attempts))
+    }
+
+    /// Clients of the same account in another region. Who signs the requests is found out once for all of them.
+    pub(super) fn elsewhere(&self, region: &str) -> Self {
+        let config = self.config.to_builder().region(Region::new(region.to_owned())).build();
+        Self::new(config, self.attempts)
+    }
+
+    fn new(config: SdkConfig, attempts: u32) -> Self {
+        let [s3_url, ec2_url, ebs_url, ssm_url] = [(); 4].map(|()| LastUrl::default());
         let s3 = aws_sdk_s3::config::Builder::from(&config)
             .endpoint_resolver(PathStyle(DefaultResolver::new()))
             .interceptor(s3_url.clone())
             .build();
         let ec2 = aws_sdk_ec2::config::Builder::from(&config).interceptor(ec2_url.clone()).build();
         let ebs = aws_sdk_ebs::config::Builder::from(&config).interceptor(ebs_url.clone()).build();
-        Ok(Self {
+        let ssm = aws_sdk_ssm::config::Builder::from(&config).interceptor(ssm_url.clone()).build();
+        Self {
             s3: aws_sdk_s3::Client::from_conf(s3),
             ec2: aws_sdk_ec2::Client::from_conf(ec2),
             ebs: aws_sdk_ebs::Client::from_conf(ebs),
-            region: region.to_string(),
+            ssm: aws_sdk_ssm::Client::from_conf(ssm),
+            region: config.region().map(ToString::to_string).unwrap_or_default(),
+            config,
             attempts,
             s3_url,
             ec2_url,
             ebs_url,
-        })
+            ssm_url,
+        }
     }
 
     /// The region that all requests go to.
@@ -95,6 +111,7 @@ impl Clients {
         let url = match call.split(':').next() {
             Some("s3") => &self.s3_url,
             Some("ebs") => &self.ebs_url,
+            Some("ssm") => &self.ssm_url,
             _ => &self.ec2_url,
         };
         let url = url.clone();

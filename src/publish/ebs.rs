@@ -80,13 +80,21 @@ pub(super) async fn plan_in_words(job: &Job<'_>) -> Result<String, Error> {
 }
 
 /// Makes the snapshot, or goes on with one that an earlier run of this disk has begun. What was begun stays in `journal`.
-pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo, journal: &mut Option<Journal>) -> Result<Written, Error> {
+/// The inner failure is a missing permission to begin, or that nobody is there to ask: nothing was made.
+pub(super) async fn upload(
+    job: &Job<'_>,
+    undo: &mut Undo,
+    journal: &mut Option<Journal>,
+) -> Result<Result<Written, Failure>, Error> {
     let file = upload::open_disk(job)?;
     let before = upload::identity(job, &file)?;
     let map = block_map(job)?;
     let (begun, blocks) = match Box::pin(take_up(job, undo, &map)).await? {
         Some(taken_up) => taken_up,
-        None => Box::pin(start(job, undo, &map)).await?,
+        None => match Box::pin(start(job, undo, &map)).await? {
+            Ok(started) => started,
+            Err(refused) => return Ok(Err(refused)),
+        },
     };
     let journal = journal.insert(begun);
     let kept = blocks.iter().filter(|(index, _)| journal.is_sealed() || journal.has(*index)).count();
@@ -106,7 +114,7 @@ pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo, journal: &mut Option<
         journal.seal();
     }
     until_completed(job, &snapshot).await?;
-    Ok(Written { snapshot, sent: blocks.len() - kept, kept, parent: journal.begun().parent.clone() })
+    Ok(Ok(Written { snapshot, sent: blocks.len() - kept, kept, parent: journal.begun().parent.clone() }))
 }
 
 /// Which blocks are sent, in order, with what they have. Zeros that were written are data, also where the parent has a hole.
@@ -232,7 +240,11 @@ async fn state_of_begun(job: &Job<'_>, journal: &Journal) -> Result<Option<Snaps
     }
 }
 
-async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<(Journal, Blocks), Error> {
+async fn start(
+    job: &Job<'_>,
+    undo: &mut Undo,
+    map: &BlockMap,
+) -> Result<Result<(Journal, Blocks), Failure>, Error> {
     let encrypts = Box::pin(encrypts(job)).await?;
     let mut parent = Box::pin(parent(job, map, encrypts)).await?;
     let (snapshot, encrypted) = loop {
@@ -250,6 +262,7 @@ async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<(Journa
                 job.events.detail(format!("all is sent, because {} can't be built on: {why}", refused.snapshot));
                 parent = None;
             }
+            (Err(failure), _) if failure.is_denied() || !failure.may_be_done() => return Ok(Err(failure)),
             (Err(failure), _) => return Err(job.error(failure)),
         }
     };
@@ -262,7 +275,7 @@ async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<(Journa
         encrypted,
         blocks: digest_of(&blocks),
     };
-    Ok((Journal::begin(&job.request.disk, &job.target.region, begun), blocks))
+    Ok(Ok((Journal::begin(&job.request.disk, &job.target.region, begun), blocks)))
 }
 
 /// A digest of what is sent, and where to.

@@ -8,6 +8,7 @@ use aws_sdk_ec2::types::{Filter, Image, ImageState, ImportSnapshotTask, Snapshot
 
 use super::failure::Failure;
 use super::import::{self, State};
+use super::regions::Source;
 use super::{Job, Via, image, rules};
 use crate::error::Error;
 
@@ -15,7 +16,7 @@ use crate::error::Error;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Found {
     /// An image like the one that is asked for; it may still be pending.
-    Image { id: String, name: String, snapshot: String },
+    Image(super::Image),
     /// A snapshot of the disk.
     Snapshot { id: String },
     /// An import of the disk that has come to an end, or will, from the object with this key in the target's bucket.
@@ -35,7 +36,7 @@ pub(super) async fn look(job: &Job<'_>) -> Result<Found, Error> {
     if let Some(id) = snapshots.iter().find_map(|snapshot| whole(job, snapshot)) {
         return Ok(Found::Snapshot { id });
     }
-    if job.request.via == Via::Ebs {
+    if job.request.via == Via::Ebs || matches!(job.source, Source::Copy(_)) {
         return Ok(Found::Nothing);
     }
     let task = may_look(job, "imports", job.stop.or("the imports of this disk", Box::pin(task(job))).await?)?;
@@ -45,7 +46,7 @@ pub(super) async fn look(job: &Job<'_>) -> Result<Found, Error> {
 /// What was found, in words for a dry run; none if it is nothing.
 pub(super) fn in_words(found: &Found) -> Option<String> {
     match found {
-        Found::Image { id, name, .. } => Some(format!("make nothing: image {id} (`{name}`) is the same")),
+        Found::Image(super::Image { id, name, .. }) => Some(format!("make nothing: image {id} (`{name}`) is the same")),
         Found::Snapshot { id } => Some(format!("use snapshot {id}, which has the disk")),
         Found::Task { id, .. } => Some(format!("wait for import task {id}, which imports the disk")),
         Found::Nothing => None,
@@ -69,11 +70,11 @@ fn alike(job: &Job<'_>, image: &Image) -> Option<Found> {
     if !named || !alive {
         return None;
     }
-    Some(Found::Image {
+    Some(Found::Image(super::Image {
         id: image.image_id()?.to_owned(),
         name: image.name()?.to_owned(),
         snapshot: image::snapshots(image).next()?.to_owned(),
-    })
+    }))
 }
 
 /// This account's snapshots with this tag.

@@ -36,24 +36,28 @@ pub(super) fn plan_in_words(job: &Job<'_>) -> String {
     )
 }
 
-/// Registers the image and waits until it can be launched.
-pub(super) async fn register(job: &Job<'_>, snapshot: &str, undo: &mut Undo) -> Result<String, Error> {
-    let made = |id| Made::Image { id, snapshot: snapshot.to_owned() };
+/// Registers the image under `name` and waits until it can be launched.
+pub(super) async fn register(job: &Job<'_>, name: &str, snapshot: &str, undo: &mut Undo) -> Result<String, Error> {
+    let made = |id| Made::Image { id, name: name.to_owned(), snapshot: snapshot.to_owned() };
     let until = Instant::now() + import::settling(job.request.poll);
     let (entry, id) = loop {
         let (entry, answer) =
-            job.make("the image's registration", undo, made(None), |attempt| send(job, snapshot, attempt)).await?;
+            job.make("the image's registration", undo, made(None), |attempt| send(job, name, snapshot, attempt)).await?;
         match answer {
             Ok(id) => break (entry, id),
             Err(failure) if failure.is_not_found() && Instant::now() < until => {
                 job.stop.pause("the snapshot to be known everywhere", job.request.poll.min(LOOK)).await?;
             }
             Err(failure) if failure.code == "InvalidAMIName.Duplicate" => {
-                let taken = job.call("the images of this name", of_name(job)).await?;
+                let taken = job.call("the images of this name", of_names(job, &[name])).await?;
                 if let Some(id) = own(&taken, snapshot) {
                     break (entry, id);
                 }
-                return Err(duplicate_name(&job.target, taken.first().and_then(Image::image_id)));
+                // One that was only just deregistered may still be in the way.
+                if !(taken.is_empty() && job.request.force && Instant::now() < until) {
+                    return Err(duplicate_name(&job.target, taken.first().and_then(Image::image_id)));
+                }
+                job.stop.pause("the name to be free", job.request.poll.min(LOOK)).await?;
             }
             Err(failure) => return Err(job.error(failure)),
         }
@@ -63,12 +67,23 @@ pub(super) async fn register(job: &Job<'_>, snapshot: &str, undo: &mut Undo) -> 
     Ok(id)
 }
 
-/// This account's images of the name that is asked for.
-pub(super) async fn of_name(job: &Job<'_>) -> Result<Vec<Image>, Failure> {
-    let name = Filter::builder().name("name").values(&job.target.image_name).build();
+/// This account's images of these names.
+pub(super) async fn of_names(job: &Job<'_>, names: &[&str]) -> Result<Vec<Image>, Failure> {
+    let values = names.iter().map(|name| (*name).to_owned()).collect();
+    let name = Filter::builder().name("name").set_values(Some(values)).build();
     let call = job.clients.ec2.describe_images().owners("self").filters(name).include_disabled(true);
     let answer = call.send().await.map_err(job.clients.failed("ec2:DescribeImages"))?;
     Ok(answer.images.unwrap_or_default())
+}
+
+/// The image with this id, which was there a moment ago, or was only just made.
+pub(super) async fn get(job: &Job<'_>, id: &str) -> Result<Image, Error> {
+    import::retry_not_found(job, &format!("image {id}"), || async {
+        let call = job.clients.ec2.describe_images().image_ids(id).include_disabled(true);
+        let answer = call.send().await.map_err(job.clients.failed("ec2:DescribeImages"))?;
+        answer.images.unwrap_or_default().into_iter().next().ok_or_else(|| Failure::absent("ec2:DescribeImages"))
+    })
+    .await
 }
 
 /// The image among `images` that was made from `snapshot`.
@@ -82,10 +97,10 @@ pub(super) fn snapshots(image: &Image) -> impl Iterator<Item = &str> {
     image.block_device_mappings().iter().filter_map(|mapping| mapping.ebs()?.snapshot_id())
 }
 
-async fn send(job: &Job<'_>, snapshot: &str, attempt: Try) -> Result<String, Failure> {
+async fn send(job: &Job<'_>, name: &str, snapshot: &str, attempt: Try) -> Result<String, Failure> {
     // The name is the only key that RegisterImage has: an earlier request's image would be in this one's way.
     if attempt.doubtful
-        && let Some(id) = own(&of_name(job).await?, snapshot)
+        && let Some(id) = own(&of_names(job, &[name]).await?, snapshot)
     {
         return Ok(id);
     }
@@ -106,7 +121,7 @@ async fn send(job: &Job<'_>, snapshot: &str, attempt: Try) -> Result<String, Fai
         .clients
         .ec2
         .register_image()
-        .name(&request.image_name)
+        .name(name)
         .set_description(Some(request.description.clone()).filter(|words| !words.is_empty()))
         .architecture(architecture(request.arch))
         .virtualization_type("hvm")
@@ -122,7 +137,7 @@ async fn send(job: &Job<'_>, snapshot: &str, attempt: Try) -> Result<String, Fai
     answer.image_id.ok_or_else(|| Failure::found("ec2:RegisterImage", "the answer has no image id".to_owned()))
 }
 
-fn architecture(arch: Architecture) -> ArchitectureValues {
+pub(super) fn architecture(arch: Architecture) -> ArchitectureValues {
     match arch {
         Architecture::X86_64 => ArchitectureValues::X8664,
         Architecture::Arm64 => ArchitectureValues::Arm64,
@@ -140,12 +155,7 @@ fn boot_mode(mode: BootMode) -> BootModeValues {
 pub(super) async fn until_available(job: &Job<'_>, id: &str) -> Result<(), Error> {
     let what = format!("image {id} to be available");
     loop {
-        let answer = import::retry_not_found(job, &what, || async {
-            let call = job.clients.ec2.describe_images().image_ids(id).include_disabled(true);
-            let answer = call.send().await.map_err(job.clients.failed("ec2:DescribeImages"))?;
-            answer.images.unwrap_or_default().into_iter().next().ok_or_else(|| Failure::absent("ec2:DescribeImages"))
-        });
-        match judge(&answer.await?) {
+        match judge(&get(job, id).await?) {
             Ok(true) => return Ok(()),
             Ok(false) => job.stop.pause(&what, job.request.poll.min(LOOK)).await?,
             Err(why) => {
@@ -157,7 +167,7 @@ pub(super) async fn until_available(job: &Job<'_>, id: &str) -> Result<(), Error
 }
 
 /// Whether the image is available; what it is instead if it never will be.
-fn judge(image: &Image) -> Result<bool, String> {
+pub(super) fn judge(image: &Image) -> Result<bool, String> {
     match image.state() {
         Some(ImageState::Available) => Ok(true),
         None | Some(ImageState::Pending) => Ok(false),

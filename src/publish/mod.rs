@@ -5,17 +5,26 @@
 //! What is made is written into `undo::Undo` *before* the request is sent, so that a failure, a signal or a lost answer
 //! at any point finds it again and takes it back.
 
+mod check;
 mod client;
+mod copy;
 mod ebs;
 mod failure;
+mod finish;
 mod found;
 mod image;
 mod import;
 mod journal;
+mod parameter;
 mod parts;
+mod place;
+mod policy;
 mod preflight;
+mod regions;
+mod replace;
 mod retry;
 mod rules;
+mod share;
 mod stop;
 mod undo;
 mod upload;
@@ -28,20 +37,28 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
+use tokio::sync::watch;
 
 use crate::cancel::Cancel;
-use crate::error::Error;
+use crate::error::{Error, Exit};
 use crate::event::{Event, Events};
-use crate::recipe::Via;
+use crate::recipe::{Release, Via};
 use crate::store::Store;
+pub use check::{Checked, Verdict};
 use client::Clients;
 use failure::Failure;
 use found::Found;
 use journal::Journal;
+use place::Place;
+use preflight::Before;
 pub(crate) use journal::is_journal;
+use regions::{Home, Original, Regions, Source};
+use replace::Old;
+pub use regions::{Ended, How};
 use stop::Stop;
 use undo::{Made, Undo};
 
+const SIGTERM: i32 = 15;
 /// The role that AWS assumes to read the disk from the bucket, unless another is named.
 pub const DEFAULT_ROLE: &str = "vmimport";
 
@@ -87,9 +104,9 @@ pub struct Request {
     pub description: String,
     /// What its instances run on.
     pub arch: Architecture,
-    /// The region; without one, the SDK's usual places are asked.
-    pub region: Option<String>,
-    /// The bucket that the disk goes through; it must be in that region.
+    /// The regions; without one, the SDK's usual places are asked.
+    pub regions: Vec<String>,
+    /// The bucket that the disk goes through; it must be in one of the regions.
     pub bucket: Option<String>,
     /// What the object's key starts with; may be empty.
     pub prefix: String,
@@ -119,6 +136,10 @@ pub struct Request {
     pub block_map: PathBuf,
     /// Where block maps of published snapshots are kept.
     pub store: Option<Store>,
+    /// What is done with the image once it is there.
+    pub release: Release,
+    /// An image of that name is replaced.
+    pub force: bool,
 }
 
 /// An image that can be launched.
@@ -165,47 +186,88 @@ struct Job<'a> {
     target: Target,
     clients: Arc<Clients>,
     events: &'a Events,
-    stop: Stop,
+    stop: Arc<Stop>,
+    source: Source,
 }
 
-/// Makes an image of the disk and waits until it can be launched.
+/// Makes an image of the disk in every region asked for, and waits until all can be launched.
 ///
 /// # Errors
-/// The first thing that went wrong, after everything made so far was taken back; what could not be taken back is named
-/// in its notes.
-pub fn publish(request: &Request, events: &Events, cancel: &Cancel) -> Result<Published, Error> {
+/// In each region the first thing that went wrong there, after everything made so far in it was taken back; what could
+/// not be taken back is named in its notes. The outer error is one that came before anything was asked of a region.
+pub fn publish(request: &Request, how: &How<'_>, cancel: &Cancel) -> Result<Vec<Ended>, Error> {
     rules::check(request)?;
     cancel.check()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .max_blocking_threads(request.parallel.clamp(4, 64))
-        .thread_name("publish")
-        .enable_all()
-        .build()
-        .map_err(|error| Error::io("cannot start the network threads", &error))?;
-    let published = runtime.block_on(publish_or_undo(request, events, cancel));
-    // A name lookup or a credential helper that hangs must not hold kiln up.
-    runtime.shutdown_background();
-    published
+    regions::publish(request, how, cancel)
 }
 
-async fn publish_or_undo(request: &Request, events: &Events, cancel: &Cancel) -> Result<Published, Error> {
-    let stop = Stop::new(cancel, request.timeout);
-    let clients = stop.or("the AWS configuration", Box::pin(Clients::load(request.region.as_deref()))).await??;
-    let target = rules::target(request, clients.region(), format!("{:016x}", retry::random()))?;
-    let job = Job { request, target, clients: Arc::new(clients), events, stop };
-    let check = Box::pin(preflight::check(&job));
-    let found = job.phase("check", preflight::begins(&job), |_| String::new(), check).await?;
-    if request.dry_run {
-        preflight::explain(&job, &found).await?;
-        return Ok(job.published(String::new(), String::new()));
+/// The IAM policy that whoever makes this request needs. Nothing is asked of AWS.
+///
+/// # Errors
+/// A request that AWS would refuse whoever makes it.
+pub fn policy(request: &Request) -> Result<serde_json::Value, Error> {
+    policy::policy(request)
+}
+
+/// Whether a publish would be permitted, as far as requests tell that make nothing: for each region what was looked at.
+///
+/// # Errors
+/// A request that can't be carried out anywhere, no connection, or a stop.
+pub fn check(request: &Request, events: &Events, cancel: &Cancel) -> Result<Vec<(String, Vec<Checked>)>, Error> {
+    rules::check(request)?;
+    cancel.check()?;
+    regions::check(request, events, cancel)
+}
+
+/// What came of a region: the image that is there now, and what went wrong.
+async fn publish_in(
+    request: &Request,
+    clients: Clients,
+    source: Source,
+    events: &Events,
+    regions: &Regions<'_>,
+) -> (Option<Published>, Option<Error>) {
+    let job = match Job::new(request, clients, source, events, Stop::new(&regions.cancel, request.timeout)) {
+        Ok(job) => job,
+        Err(error) => {
+            // The others would wait for this one.
+            regions.cancel.request(SIGTERM);
+            return (None, Some(error));
+        }
+    };
+    let published = match Box::pin(image_in(&job, regions)).await {
+        Ok(published) => published,
+        Err(error) => {
+            regions.fails(&job.target.region, &error);
+            drop(job.source);
+            let _ = job.stop.or("the other regions", regions.ended()).await;
+            return (None, Some(error));
+        }
+    };
+    let named = Box::pin(name_in(&job, &published, regions)).await;
+    (Some(published), named.err())
+}
+
+/// The image, or the first thing that went wrong, after everything made so far was taken back.
+async fn image_in(job: &Job<'_>, regions: &Regions<'_>) -> Result<Published, Error> {
+    let check = Box::pin(preflight::check(job));
+    let before = job.phase("check", preflight::begins(job), |_| String::new(), check).await;
+    if let Err(error) = &before {
+        regions.fails(&job.target.region, error);
+    }
+    let looked = job.stop.or("the other regions' checks", regions.looked()).await;
+    let before = before?;
+    looked?;
+    if job.request.dry_run {
+        preflight::explain(job, &before).await?;
+        return Ok(job.published(Image::default()));
     }
     // The journal is held until all is done or taken back, so that no other kiln goes on with what this one deletes.
     let (mut undo, mut journal) = (Undo::default(), None);
-    let (published, left) = match steps(&job, found, &mut undo, &mut journal).await {
+    let (published, left) = match steps(job, before, &mut undo, &mut journal).await {
         Ok(published) => (Ok(published), 0),
         Err(error) => {
-            let (error, left) = undo.run(&job, error).await;
+            let (error, left) = undo.run(job, error).await;
             (Err(error), left)
         }
     };
@@ -218,18 +280,118 @@ async fn publish_or_undo(request: &Request, events: &Events, cancel: &Cancel) ->
     published
 }
 
+/// Points the region's parameter at the image, last of all: when every region has its image, or has failed.
+async fn name_in(job: &Job<'_>, published: &Published, regions: &Regions<'_>) -> Result<(), Error> {
+    let there = |error: Error| error.with_note(format!("the image {} is there", published.image_id));
+    let Some(name) = job.request.release.parameter.as_ref().filter(|_| !job.request.dry_run) else {
+        // The image is there: whoever stops kiln now stops nothing.
+        let _ = job.stop.or("the other regions", regions.ended()).await;
+        return Ok(());
+    };
+    job.stop.or("the other regions", regions.ended()).await.map_err(there)?;
+    let work = Box::pin(parameter::set(job, name, &published.image_id));
+    let detail = format!("{name} in {} names {}", job.target.region, published.image_id);
+    job.phase("parameter", detail, |()| name.clone(), work).await.map_err(there)
+}
+
+/// An image that is there.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Image {
+    id: String,
+    name: String,
+    snapshot: String,
+}
+
 async fn steps(
+    job: &Job<'_>,
+    before: Before,
+    undo: &mut Undo,
+    journal: &mut Option<Journal>,
+) -> Result<Published, Error> {
+    let image = match (before.found, &job.source) {
+        (Found::Image(image), _) => {
+            job.events.note(format!("image {} has this disk already", image.id));
+            image::until_available(job, &image.id).await?;
+            image
+        }
+        (Found::Nothing, Source::Copy(home)) => {
+            let image = Box::pin(copied(job, home.clone(), &before.old, undo)).await?;
+            replace::remove(job, &before.old, &image.snapshot).await?;
+            image
+        }
+        (found, _) => {
+            let snapshot = Box::pin(snapshot(job, found, undo, journal)).await?;
+            let work = Box::pin(registered(job, &snapshot, &before.old, undo));
+            let id = job.phase("register", image::begins(job), String::clone, work).await?;
+            Image { id, name: job.target.image_name.clone(), snapshot }
+        }
+    };
+    Box::pin(finish::finish(job, &image.id)).await?;
+    if let Some(interim) = before.interim.filter(|interim| *interim != image.id) {
+        replace::remove_interim(job, &interim).await;
+    }
+    if let Source::Disk(Some(tell)) = &job.source {
+        let Image { id, name, .. } = image.clone();
+        tell.send_replace(Some(Original { region: job.target.region.clone(), id, name }));
+    }
+    Ok(job.published(image))
+}
+
+async fn registered(job: &Job<'_>, snapshot: &str, old: &[Old], undo: &mut Undo) -> Result<String, Error> {
+    match old {
+        [] => image::register(job, &job.target.image_name, snapshot, undo).await,
+        old => replace::register(job, snapshot, old, undo).await,
+    }
+}
+
+/// The image of the first region, copied to this one when it is available.
+async fn copied(job: &Job<'_>, mut home: watch::Receiver<Home>, old: &[Old], undo: &mut Undo) -> Result<Image, Error> {
+    let detail = format!("the first region's image, to copy it to {}", job.target.region);
+    let wait = async {
+        match job.stop.or("the first region's image", home.wait_for(Option::is_some)).await? {
+            Ok(found) => Ok(found.clone()),
+            Err(_) => Ok(None),
+        }
+    };
+    let original = job.phase("wait", detail, |_| String::new(), wait).await?.ok_or_else(|| {
+        let message = format!("there is no image to copy to {}: the region that the disk was sent to failed", job.target.region);
+        Error::new(Exit::Publish, message)
+    })?;
+    let detail = format!("{} of {} to {}", original.id, original.region, job.target.region);
+    let work = Box::pin(copy_of(job, &original, old, undo));
+    job.phase("copy", detail, |image: &Image| image.id.clone(), work).await
+}
+
+async fn copy_of(job: &Job<'_>, original: &Original, old: &[Old], undo: &mut Undo) -> Result<Image, Error> {
+    let place = job.place();
+    let source = copy::source(&place.elsewhere(&original.region), &original.id).await?;
+    let order = copy::Order {
+        source,
+        name: original.name.clone(),
+        kms_key: None,
+        replaces: old.iter().map(|old| old.id.clone()).collect(),
+    };
+    let tell = |percent| job.events.emit(Event::Progress { phase: "copy", done: percent, total: 100 });
+    let copied = Box::pin(copy::copy(&place, &order, tell)).await?;
+    let snapshot = copied.snapshots.first().cloned().unwrap_or_default();
+    if !copied.found {
+        for snapshot in &copied.snapshots {
+            undo.will_make(Made::Snapshot { id: Some(snapshot.clone()) });
+        }
+        let (id, name) = (Some(copied.id.clone()), order.name.clone());
+        undo.will_make(Made::Image { id, name, snapshot: snapshot.clone() });
+    }
+    Ok(Image { id: copied.id, name: order.name, snapshot })
+}
+
+/// A snapshot with the disk: one that is there, or a new one.
+async fn snapshot(
     job: &Job<'_>,
     found: Found,
     undo: &mut Undo,
     journal: &mut Option<Journal>,
-) -> Result<Published, Error> {
-    let snapshot = match found {
-        Found::Image { id, name, snapshot } => {
-            job.events.note(format!("image {id} has this disk already"));
-            image::until_available(job, &id).await?;
-            return Ok(Published { image_name: name, ..job.published(id, snapshot) });
-        }
+) -> Result<String, Error> {
+    match found {
         Found::Snapshot { id } => {
             job.events.note(format!("snapshot {id} has this disk already"));
             // An earlier run may have sealed it, and been killed.
@@ -238,7 +400,7 @@ async fn steps(
             {
                 left.remove();
             }
-            id
+            Ok(id)
         }
         Found::Task { id, key } => {
             job.events.note(format!("import task {id} imports this disk already"));
@@ -248,44 +410,93 @@ async fn steps(
                 undo.will_make(Made::Object { key, version: None, sure: false });
                 upload::delete(job, undo).await;
             }
-            snapshot
+            Ok(snapshot)
         }
-        Found::Nothing if job.request.via == Via::Ebs => {
-            let work = Box::pin(ebs::upload(job, undo, journal));
-            let written = job.phase("upload", ebs::begins(job), ebs::in_words, work).await?;
-            job.keep_map(&written.snapshot);
-            written.snapshot
-        }
-        Found::Nothing => {
-            let work = Box::pin(upload::upload(job, undo));
-            job.phase("upload", upload::begins(job), upload::in_words, work).await?;
-            let work = Box::pin(import::import(job, undo));
-            let snapshot = job.phase("import", import::begins(job), String::clone, work).await?;
-            upload::delete(job, undo).await;
-            import::tag_snapshot(job, &snapshot).await?;
-            job.keep_map(&snapshot);
-            snapshot
-        }
-    };
-    let work = Box::pin(image::register(job, &snapshot, undo));
-    let image = job.phase("register", image::begins(job), String::clone, work).await?;
-    Ok(job.published(image, snapshot))
+        Found::Image(Image { snapshot, .. }) => Ok(snapshot),
+        Found::Nothing => match job.request.via {
+            Via::S3 => through_bucket(job, undo).await,
+            Via::Ebs => block_by_block(job, undo, journal).await?.map_err(|refused| job.error(refused)),
+            Via::Auto => match block_by_block(job, undo, journal).await? {
+                Ok(snapshot) => Ok(snapshot),
+                Err(refused) if job.target.bucket.is_empty() => Err(job.error(refused)),
+                Err(refused) => {
+                    let bucket = &job.target.bucket;
+                    job.events.note(format!("no EBS direct ({}): going through the bucket `{bucket}`", refused.reason()));
+                    Box::pin(preflight::bucket(job)).await?;
+                    through_bucket(job, undo).await
+                }
+            },
+        },
+    }
 }
 
-impl Job<'_> {
-    fn published(&self, image_id: String, snapshot_id: String) -> Published {
+async fn through_bucket(job: &Job<'_>, undo: &mut Undo) -> Result<String, Error> {
+    let work = Box::pin(upload::upload(job, undo));
+    job.phase("upload", upload::begins(job), upload::in_words, work).await?;
+    let work = Box::pin(import::import(job, undo));
+    let snapshot = job.phase("import", import::begins(job), String::clone, work).await?;
+    upload::delete(job, undo).await;
+    import::tag_snapshot(job, &snapshot).await?;
+    job.keep_map(&snapshot);
+    Ok(snapshot)
+}
+
+/// The inner failure is AWS's refusal to begin: nothing was made.
+async fn block_by_block(
+    job: &Job<'_>,
+    undo: &mut Undo,
+    journal: &mut Option<Journal>,
+) -> Result<Result<String, Failure>, Error> {
+    let work = Box::pin(ebs::upload(job, undo, journal));
+    let outcome = |written: &Result<ebs::Written, Failure>| match written {
+        Ok(written) => ebs::in_words(written),
+        Err(_) => "not begun".to_owned(),
+    };
+    match job.phase("upload", ebs::begins(job), outcome, work).await? {
+        Ok(written) => {
+            job.keep_map(&written.snapshot);
+            Ok(Ok(written.snapshot))
+        }
+        Err(refused) => Ok(Err(refused)),
+    }
+}
+
+impl<'a> Job<'a> {
+    fn new(
+        request: &'a Request,
+        clients: Clients,
+        source: Source,
+        events: &'a Events,
+        stop: Stop,
+    ) -> Result<Self, Error> {
+        let sends = matches!(source, Source::Disk(_));
+        let target = rules::target(request, clients.region(), format!("{:016x}", retry::random()), sends)?;
+        Ok(Self { request, target, clients: Arc::new(clients), events, stop: Arc::new(stop), source })
+    }
+
+    fn published(&self, image: Image) -> Published {
         let request = self.request;
         Published {
             region: self.target.region.clone(),
-            image_id,
-            snapshot_id,
-            image_name: request.image_name.clone(),
+            image_id: image.id,
+            snapshot_id: image.snapshot,
+            image_name: if image.name.is_empty() { request.image_name.clone() } else { image.name },
             name: request.name.clone(),
             digest: request.digest.clone(),
             architecture: request.arch,
             boot_mode: rules::boot_mode(request),
             size_gib: request.size,
             dry_run: request.dry_run,
+        }
+    }
+
+    /// The region, for work that is the same outside of a publish.
+    fn place(&self) -> Place {
+        Place {
+            clients: Arc::clone(&self.clients),
+            events: self.events.clone(),
+            stop: Arc::clone(&self.stop),
+            poll: self.request.poll,
         }
     }
 

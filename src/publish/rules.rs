@@ -2,9 +2,12 @@
 
 use sha2::{Digest as _, Sha256};
 
+use super::share::Sharing;
 use super::{Architecture, BootMode, DEFAULT_ROLE, Request, Target, Via};
 use crate::error::{Error, Exit};
 use crate::recipe::aws::{self, Refusal};
+#[cfg(test)]
+use crate::recipe::Release;
 use crate::units::hex;
 
 /// The tag with the disk's digest.
@@ -26,8 +29,13 @@ pub(super) fn check(request: &Request) -> Result<(), Error> {
         aws::bucket(bucket).map_err(refused)?;
     }
     let (largest, why) = match request.via {
+        // What is too large for S3 has only the other way.
+        Via::Auto if request.size > LARGEST_OBJECT && bucket(request).is_some() => {
+            return Err(input(format!("a disk of {} GiB can't go through a bucket", request.size))
+                .help("publish it with --via ebs"));
+        }
         Via::S3 => (LARGEST_OBJECT, "S3 takes no larger object"),
-        Via::Ebs => (LARGEST_SNAPSHOT, "there are no larger snapshots"),
+        Via::Ebs | Via::Auto => (LARGEST_SNAPSHOT, "there are no larger snapshots"),
     };
     if request.size == 0 || request.size > largest {
         return Err(input(format!("a disk of {} GiB can't be published", request.size))
@@ -45,11 +53,12 @@ pub(super) fn check(request: &Request) -> Result<(), Error> {
     request.tags.iter().try_for_each(|(key, value)| aws::tag(key, value)).map_err(refused)
 }
 
-/// Settles where everything goes; `run` is of this run only.
-pub(super) fn target(request: &Request, region: &str, run: String) -> Result<Target, Error> {
+/// Settles where everything goes; `run` is of this run only, and a region that copies another's image sends nothing.
+pub(super) fn target(request: &Request, region: &str, run: String, sends: bool) -> Result<Target, Error> {
     let bucket = match (bucket(request), request.via) {
         (Some(bucket), _) => bucket,
-        (None, Via::Ebs) => "",
+        (None, Via::Ebs | Via::Auto) => "",
+        (None, Via::S3) if !sends => "",
         (None, Via::S3) => {
             return Err(input("no bucket to upload the disk to").help(format!(
                 "name one that is in {region}, with --bucket or as `bucket` in the recipe's [publish]; --via ebs needs none"
@@ -67,7 +76,7 @@ pub(super) fn target(request: &Request, region: &str, run: String) -> Result<Tar
     })
 }
 
-fn bucket(request: &Request) -> Option<&str> {
+pub(super) fn bucket(request: &Request) -> Option<&str> {
     request.bucket.as_deref().filter(|bucket| !bucket.is_empty())
 }
 
@@ -105,12 +114,33 @@ pub(super) fn settings(request: &Request) -> String {
     hex(&Sha256::digest(all.to_string()))[..16].to_owned()
 }
 
+/// What the keys of all objects begin with that are made of disks of this recipe.
+pub(super) fn key_stem_of_all(request: &Request) -> String {
+    match request.prefix.trim_matches('/') {
+        "" => format!("{}-", request.name),
+        prefix => format!("{prefix}/{}-", request.name),
+    }
+}
+
 /// What the keys of all objects begin with that are made of this disk.
 pub(super) fn key_stem(request: &Request) -> String {
     let short: String = request.digest.chars().take(16).collect();
-    match request.prefix.trim_matches('/') {
-        "" => format!("{}-{short}-", request.name),
-        prefix => format!("{prefix}/{}-{short}-", request.name),
+    format!("{}{short}-", key_stem_of_all(request))
+}
+
+/// Whoever the image is shared with can be told so in these regions.
+pub(super) fn shareable(request: &Request, first: &str) -> Result<(), Error> {
+    let release = &request.release;
+    let sharing = Sharing { with: release.share.clone(), remove: false, snapshots: release.share_snapshots };
+    sharing.check(std::iter::once(first).chain(request.regions.iter().map(String::as_str)))
+}
+
+/// Nothing is copied from one partition into another.
+pub(super) fn one_partition(first: &str, regions: &[String]) -> Result<(), Error> {
+    match regions.iter().find(|region| partition(region) != partition(first)) {
+        None => Ok(()),
+        Some(other) => Err(input(format!("{first} and {other} are in different partitions of AWS"))
+            .help("publish to each partition by itself, with credentials of its own")),
     }
 }
 
@@ -153,7 +183,7 @@ mod tests {
             name_varies: false,
             description: String::new(),
             arch: Architecture::X86_64,
-            region: None,
+            regions: Vec::new(),
             bucket: Some("images".to_owned()),
             prefix: "kiln/".to_owned(),
             boot_mode: BootMode::UefiPreferred,
@@ -169,6 +199,8 @@ mod tests {
             via: Via::S3,
             block_map: PathBuf::from("blocks"),
             store: None,
+            release: Release::default(),
+            force: false,
         }
     }
 
@@ -253,7 +285,7 @@ mod tests {
 
     #[test]
     fn the_key_has_prefix_name_the_digests_start_and_the_run() {
-        let target = target(&request(), "eu-west-1", "r".to_owned()).unwrap();
+        let target = target(&request(), "eu-west-1", "r".to_owned(), true).unwrap();
         assert_eq!(target.key, "kiln/web-0123456789abcdef-r.raw");
         let stem = |prefix: &str| key_stem(&Request { prefix: prefix.to_owned(), ..request() });
         assert_eq!(stem(""), "web-0123456789abcdef-");
@@ -270,7 +302,7 @@ mod tests {
     fn no_bucket_is_an_error_that_says_where_to_name_it() {
         let mut request = request();
         request.bucket = None;
-        let error = target(&request, "eu-west-1", String::new()).unwrap_err();
+        let error = target(&request, "eu-west-1", String::new(), true).unwrap_err();
         assert_eq!((error.exit, error.message.as_str()), (Exit::Input, "no bucket to upload the disk to"));
         assert!(error.help.unwrap().contains("eu-west-1"));
     }

@@ -15,11 +15,11 @@ use crate::error::{Error, Exit};
 use crate::event::Event;
 
 /// How long the undoing of one thing may take.
-const EACH: Duration = Duration::from_secs(30);
+pub(super) const EACH: Duration = Duration::from_secs(30);
 /// The pause before another try.
-const PAUSE: Duration = Duration::from_secs(1);
+pub(super) const PAUSE: Duration = Duration::from_secs(1);
 /// How often something is looked for whose making was never confirmed.
-const LOOKS: u32 = 8;
+pub(super) const LOOKS: u32 = 8;
 /// How often a thing with a known id must be unknown to AWS before it is believed to be gone.
 const GONE: u32 = 3;
 
@@ -35,8 +35,8 @@ pub(super) enum Made {
     Task { id: Option<String> },
     /// A snapshot; without an id one that is tagged with the target's run.
     Snapshot { id: Option<String> },
-    /// The target's image, made from `snapshot`.
-    Image { id: Option<String>, snapshot: String },
+    /// An image of this name, made from `snapshot`.
+    Image { id: Option<String>, name: String, snapshot: String },
 }
 
 /// Everything made so far, in order.
@@ -60,6 +60,11 @@ impl Undo {
     /// Forgets it: it is gone, or was not made.
     pub(super) fn forget(&mut self, entry: usize) {
         self.made[entry] = None;
+    }
+
+    /// What was made so far stays, whatever comes.
+    pub(super) fn settle(&mut self) {
+        self.made.fill(None);
     }
 
     /// Deletes the objects with these keys; what is left is returned in words, and stays noted.
@@ -104,7 +109,7 @@ impl Undo {
             };
             if let Err(left) = ended {
                 error.notes.push(format!("left behind: {left}"));
-                if let Made::Image { id: Some(_), snapshot } = made {
+                if let Made::Image { id: Some(_), snapshot, .. } = made {
                     held = Some(snapshot);
                 }
             }
@@ -133,7 +138,7 @@ fn announce(job: &Job<'_>, made: &[Made], error: &Error) {
 async fn take_back(job: &Job<'_>, made: &Made) -> Result<(), String> {
     let ended = timeout(EACH, async {
         match made {
-            Made::Image { id, snapshot } => undo_image(job, id.as_deref(), snapshot).await,
+            Made::Image { id, name, snapshot } => undo_image(job, id.as_deref(), name, snapshot).await,
             Made::Snapshot { id } => undo_snapshot(job, id.as_deref()).await,
             Made::Task { id } => undo_task(job, id.as_deref()).await,
             Made::Object { key, version, sure: true } => delete_object(job, key, version.as_deref()).await,
@@ -189,7 +194,7 @@ fn in_words(job: &Job<'_>, made: &Made) -> String {
     let target = &job.target;
     match made {
         Made::Image { id: Some(id), .. } => format!("image {id} in {}", target.region),
-        Made::Image { id: None, .. } => format!("perhaps an image `{}` in {}", target.image_name, target.region),
+        Made::Image { id: None, name, .. } => format!("perhaps an image `{name}` in {}", target.region),
         Made::Snapshot { id: Some(id) } => format!("snapshot {id} in {}", target.region),
         Made::Snapshot { id: None } => {
             format!("perhaps a snapshot with the tag {RUN_TAG}={} in {}", target.run, target.region)
@@ -212,10 +217,9 @@ fn by_hand(job: &Job<'_>, made: &Made) -> String {
     let (region, bucket, key) = (&target.region, &target.bucket, &target.key);
     match made {
         Made::Image { id: Some(id), .. } => format!("aws ec2 deregister-image --region {region} --image-id {id}"),
-        Made::Image { id: None, .. } => format!(
+        Made::Image { id: None, name, .. } => format!(
             "aws ec2 deregister-image --region {region} --image-id ID`, its id being in `aws ec2 describe-images --region {region} \
-             --owners self --filters 'Name=name,Values={}'",
-            target.image_name
+             --owners self --filters 'Name=name,Values={name}'"
         ),
         Made::Snapshot { id } => {
             let id = id.as_deref().unwrap_or("ID");
@@ -237,7 +241,7 @@ fn by_hand(job: &Job<'_>, made: &Made) -> String {
 }
 
 /// Repeats a deletion while it fails for reasons that pass.
-async fn until_deleted<F>(mut delete: impl FnMut() -> F) -> Result<(), Failure>
+pub(super) async fn until_deleted<F>(mut delete: impl FnMut() -> F) -> Result<(), Failure>
 where
     F: Future<Output = Result<(), Failure>>,
 {
@@ -273,13 +277,14 @@ where
     id.ok_or_else(|| Left::because(format!("no answer to {call} came, and there is none so far")))
 }
 
-async fn undo_image(job: &Job<'_>, id: Option<&str>, snapshot: &str) -> Result<Option<Made>, Left> {
-    let id = id_of(id, "RegisterImage", || async { Ok(image::own(&image::of_name(job).await?, snapshot)) }).await?;
+async fn undo_image(job: &Job<'_>, id: Option<&str>, name: &str, snapshot: &str) -> Result<Option<Made>, Left> {
+    let find = || async { Ok(image::own(&image::of_names(job, &[name]).await?, snapshot)) };
+    let id = id_of(id, "RegisterImage", find).await?;
     let deleted = until_deleted(|| async {
         let call = job.clients.ec2.deregister_image().image_id(&id);
         call.send().await.map(|_| ()).map_err(job.clients.failed("ec2:DeregisterImage"))
     });
-    let image = Made::Image { id: Some(id.clone()), snapshot: snapshot.to_owned() };
+    let image = Made::Image { id: Some(id.clone()), name: name.to_owned(), snapshot: snapshot.to_owned() };
     Left::unless(deleted.await, image)
 }
 

@@ -4,10 +4,12 @@
 //! text; whether they exist is for `build` to find out.
 
 pub mod aws;
+mod grantee;
 mod image_name;
 mod publish;
 mod read;
 mod reader;
+mod release;
 mod set;
 mod step;
 #[cfg(test)]
@@ -25,8 +27,10 @@ use crate::error::{Error, Place};
 use crate::provisioners::Provisioner;
 use crate::units::Size;
 
+pub use grantee::Grantee;
 pub use image_name::{NameError, NamePart, name_parts};
-pub use publish::{BootMode, Imds, Publish, Via, VolumeType};
+pub use publish::{BootMode, Imds, Publish, Refusal, Via, VolumeType};
+pub use release::{Protection, Release, days, parameter};
 pub use read::parse;
 
 /// What the user asked for, checked as far as that goes without looking at files.

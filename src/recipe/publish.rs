@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::reader::{Fields, Found};
+use super::release::{self, Release};
 use super::{Arch, Base, aws, image_name, words};
 
 /// How the image is published. Nothing is needed to build.
@@ -41,6 +42,8 @@ pub struct Publish {
     pub role: Option<String>,
     /// How the disk becomes a snapshot.
     pub via: Via,
+    /// What is done with the image once it is there.
+    pub release: Release,
     /// Of the table's header.
     pub span: Option<Range<usize>>,
 }
@@ -92,10 +95,12 @@ words! {
         S3 = "s3",
         /// Written block by block (EBS direct).
         Ebs = "ebs",
+        /// Block by block where that is permitted, else through the bucket.
+        Auto = "auto",
     }
 }
 
-const KNOWN: [&str; 12] = [
+const KNOWN: [&str; 17] = [
     "image_name",
     "description",
     "regions",
@@ -108,6 +113,11 @@ const KNOWN: [&str; 12] = [
     "tags",
     "role",
     "via",
+    "share",
+    "share_snapshots",
+    "deprecate_after",
+    "protection",
+    "parameter",
 ];
 
 /// Reads `[publish]`; `name` is the recipe's.
@@ -127,6 +137,7 @@ pub(super) fn read(top: &Fields<'_>, name: &str, base: Option<&Base>) -> Publish
     publish.root_device = checked(&fields, "root_device", root_device).map(|found| found.value);
     publish.role = checked(&fields, "role", role).map(|found| found.value);
     publish.via = fields.word("via").map(|found| found.value).unwrap_or_default();
+    publish.release = release::read(&fields);
     publish.tags = fields.map("tags", |key, value| aws::tag(key, value).map_err(told));
     if let Err(refused) = aws::tag_count(&publish.tags)
         && let Some(entry) = fields.entry("tags")
@@ -137,9 +148,10 @@ pub(super) fn read(top: &Fields<'_>, name: &str, base: Option<&Base>) -> Publish
     publish
 }
 
-type Refusal = (String, Option<String>);
+/// What is wrong, and what helps.
+pub type Refusal = (String, Option<String>);
 
-fn refusal(message: impl Into<String>, help: &str) -> Refusal {
+pub(super) fn refusal(message: impl Into<String>, help: &str) -> Refusal {
     (message.into(), Some(help.to_owned()))
 }
 

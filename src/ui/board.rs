@@ -1,4 +1,4 @@
-//! Builds that run side by side, on one terminal: a prefix tells their lines apart, and each has a live line.
+//! Builds, or regions, side by side on one terminal: a prefix tells their lines apart, and each has a live line.
 
 use std::io::{self, Write};
 
@@ -9,26 +9,27 @@ use super::{Format, Ui};
 use crate::error::Error;
 use crate::event::Events;
 
-/// Where several builds are shown.
+/// Where several things are shown.
 #[derive(Clone)]
 pub struct Board {
     ui: Ui,
+    kind: &'static str,
     lives: MultiProgress,
 }
 
 impl Board {
-    pub(super) fn new(ui: Ui) -> Self {
-        Self { ui, lives: MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(8)) }
+    pub(super) fn new(ui: Ui, kind: &'static str) -> Self {
+        Self { ui, kind, lives: MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(8)) }
     }
 
-    /// Where the build of the recipe with this name sends its events.
+    /// Where the one with this name sends its events.
     #[must_use]
     pub fn events(&self, name: &str) -> Events {
-        let name = name.to_owned();
+        let (name, kind) = (name.to_owned(), self.kind);
         match self.ui.format {
             Format::Json => Events::new(move |event| {
                 if let Ok(mut value) = serde_json::to_value(&event) {
-                    value["recipe"] = name.as_str().into();
+                    value[kind] = name.as_str().into();
                     let _ = writeln!(io::stderr().lock(), "{value}");
                 }
             }),
@@ -39,14 +40,14 @@ impl Board {
         }
     }
 
-    /// Shows the failure of the recipe with this name.
+    /// Shows the failure of the one with this name.
     pub fn error(&self, name: &str, error: &Error) {
         let text = match self.ui.format {
             Format::Human => prefixed(name, &super::render(error, self.ui.colour)),
             Format::Json => {
                 let mut value = super::error_value(error);
                 value["event"] = "error".into();
-                value["recipe"] = name.into();
+                value[self.kind] = name.into();
                 format!("{value}\n")
             }
         };

@@ -73,10 +73,10 @@ impl Ui {
         }
     }
 
-    /// Where builds that run side by side are shown.
+    /// Where several things that go on side by side are shown; `kind` is what programs read them as, e.g. `recipe`.
     #[must_use]
-    pub fn board(self) -> Board {
-        Board::new(self)
+    pub fn board(self, kind: &'static str) -> Board {
+        Board::new(self, kind)
     }
 
     /// Prints what is said at the end to people, on stderr.

@@ -7,6 +7,8 @@ mod ebs;
 mod made;
 mod places;
 mod refused;
+mod regions;
+mod release;
 mod stopped;
 
 use std::os::unix::fs::MetadataExt;

@@ -1,0 +1,157 @@
+//! `kiln publish --check`: whether a publish would be permitted, before there is a disk to lose an hour with.
+//!
+//! Only requests that read, and dry runs, of which AWS does nothing but look whether they are permitted. The APIs of S3
+//! and EBS direct have no dry runs: what can't be asked is said.
+//!
+//! Source: "Dry run" in "Common query parameters", Amazon EC2 API Reference.
+
+use serde::Serialize;
+
+use super::failure::Failure;
+use super::regions::Source;
+use super::{Job, Via, image, import, preflight, rules};
+use crate::error::Error;
+
+/// How one check ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "result", rename_all = "lowercase")]
+pub enum Verdict {
+    /// It is as it must be.
+    Good {
+        /// A fact about it; may be empty.
+        detail: String,
+    },
+    /// A publish would fail.
+    Bad {
+        /// The cause.
+        detail: String,
+        /// What helps.
+        help: Option<String>,
+    },
+    /// It can't be found out without making something, or the answer says nothing.
+    Unknown {
+        /// Why.
+        detail: String,
+    },
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Checked {
+    /// What, e.g. `bucket`.
+    pub what: String,
+    /// How that ended.
+    #[serde(flatten)]
+    pub verdict: Verdict,
+}
+
+/// An image that is nowhere, for dry runs that name one.
+const NO_IMAGE: &str = "ami-00000000000000000";
+/// A snapshot that is nowhere.
+const NO_SNAPSHOT: &str = "snap-00000000000000000";
+
+/// Looks at all that a publish to this region needs.
+pub(super) async fn check(job: &Job<'_>) -> Result<Vec<Checked>, Error> {
+    let mut all = Vec::new();
+    let mut note = |what: &str, verdict: Verdict| all.push(Checked { what: what.to_owned(), verdict });
+    note("name", good(job, async { name(job).await }).await?);
+    let sends = matches!(job.source, Source::Disk(_));
+    if sends && job.request.via != Via::Ebs && !job.target.bucket.is_empty() {
+        note("bucket", good(job, async { bucket(job).await }).await?);
+        note("import role", good(job, async { role(job).await }).await?);
+        let detail = "s3:PutObject and the like can't be asked for without an object".to_owned();
+        note("upload", Verdict::Unknown { detail });
+    }
+    if sends && job.request.via != Via::S3 {
+        let detail = "EBS direct has no dry run; --iam-policy prints what it needs".to_owned();
+        note("blocks", Verdict::Unknown { detail });
+        note("encryption", encryption(job).await?);
+    }
+    for (call, answer) in dry_runs(job, sends).await? {
+        note(call, permitted(job, answer));
+    }
+    Ok(all)
+}
+
+/// A look that ends as a publish would: its error is the verdict, unless it is a stop.
+async fn good(job: &Job<'_>, look: impl Future<Output = Result<String, Error>>) -> Result<Verdict, Error> {
+    match look.await {
+        Ok(detail) => Ok(Verdict::Good { detail }),
+        Err(error) => {
+            job.stop.check("the checks")?;
+            Ok(Verdict::Bad { detail: error.message, help: error.help })
+        }
+    }
+}
+
+async fn name(job: &Job<'_>) -> Result<String, Error> {
+    let name = &job.target.image_name;
+    let images = job.call("the images of this name", image::of_names(job, &[name])).await?;
+    match images.first().and_then(|image| image.image_id()) {
+        None => Ok(format!("`{name}` is free")),
+        Some(id) if job.request.force => Ok(format!("`{name}` is {id}'s, which would be replaced")),
+        Some(id) => Ok(format!("`{name}` is {id}'s: another disk would need another name, or --force")),
+    }
+}
+
+async fn bucket(job: &Job<'_>) -> Result<String, Error> {
+    preflight::bucket_is_near(job).await?;
+    Ok(format!("`{}` is in {}", job.target.bucket, job.target.region))
+}
+
+async fn role(job: &Job<'_>) -> Result<String, Error> {
+    import::permitted(job).await?;
+    Ok(format!("AWS takes the role `{}`", job.target.role))
+}
+
+async fn encryption(job: &Job<'_>) -> Result<Verdict, Error> {
+    let call = job.clients.ec2.get_ebs_encryption_by_default().send();
+    let answer = job.stop.or("whether snapshots are encrypted", call).await?;
+    Ok(match answer.map_err(job.clients.failed("ec2:GetEbsEncryptionByDefault")) {
+        Ok(answer) if answer.ebs_encryption_by_default() == Some(true) => {
+            Verdict::Good { detail: "new snapshots are encrypted: holes are sent too".to_owned() }
+        }
+        Ok(_) => Verdict::Good { detail: "new snapshots are not encrypted: holes are left out".to_owned() },
+        Err(failure) => Verdict::Unknown { detail: failure.reason() },
+    })
+}
+
+type Answers = Vec<(&'static str, Result<(), Failure>)>;
+
+/// The requests of EC2 that make, change or take back something.
+async fn dry_runs(job: &Job<'_>, sends: bool) -> Result<Answers, Error> {
+    let (ec2, clients, name) = (&job.clients.ec2, &job.clients, &job.target.image_name);
+    let mut answers: Answers = Vec::new();
+    macro_rules! ask {
+        ($call:literal, $request:expr) => {{
+            let answer = job.stop.or($call, $request.dry_run(true).send()).await?;
+            answers.push(($call, answer.map(|_| ()).map_err(clients.failed($call))));
+        }};
+    }
+    if sends {
+        ask!("ec2:RegisterImage", ec2.register_image().name(name).architecture(image::architecture(job.request.arch)));
+    } else {
+        let source = job.request.regions.first().map_or("", String::as_str);
+        ask!("ec2:CopyImage", ec2.copy_image().name(name).source_region(source).source_image_id(NO_IMAGE));
+    }
+    let tag = aws_sdk_ec2::types::Tag::builder().key(rules::NAME_TAG).value(&job.request.name).build();
+    ask!("ec2:CreateTags", ec2.create_tags().resources(NO_SNAPSHOT).tags(tag));
+    ask!("ec2:DeregisterImage", ec2.deregister_image().image_id(NO_IMAGE));
+    ask!("ec2:DeleteSnapshot", ec2.delete_snapshot().snapshot_id(NO_SNAPSHOT));
+    Ok(answers)
+}
+
+/// What the answer to a dry run says: that the request would have been carried out is an error as well.
+fn permitted(job: &Job<'_>, answer: Result<(), Failure>) -> Verdict {
+    match answer {
+        Err(failure) if failure.code == "DryRunOperation" => Verdict::Good { detail: "permitted".to_owned() },
+        // Whoever isn't permitted isn't told what exists.
+        Err(failure) if failure.is_not_found() => Verdict::Good { detail: "permitted".to_owned() },
+        Err(failure) if failure.is_denied() => {
+            let error = job.error(failure);
+            Verdict::Bad { detail: error.message, help: error.help }
+        }
+        Err(failure) => Verdict::Unknown { detail: failure.reason() },
+        Ok(()) => Verdict::Unknown { detail: "the endpoint knows no dry runs".to_owned() },
+    }
+}
