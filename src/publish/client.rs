@@ -40,6 +40,7 @@ pub(super) struct Clients {
     pub(super) ec2: aws_sdk_ec2::Client,
     pub(super) ebs: aws_sdk_ebs::Client,
     region: String,
+    config: SdkConfig,
     attempts: u32,
     s3_url: LastUrl,
     ec2_url: LastUrl,
@@ -57,7 +58,16 @@ impl Clients {
             Some(region) => Region::new(region.to_owned()),
             None => usual_region(&metadata).await.ok_or_else(no_region)?,
         };
-        let config = load_config(region.clone(), https, metadata, attempts).await;
+        Ok(Self::new(load_config(region, https, metadata, attempts).await, attempts))
+    }
+
+    /// Clients of the same account in another region. Who signs the requests is found out once for all of them.
+    pub(super) fn elsewhere(&self, region: &str) -> Self {
+        let config = self.config.to_builder().region(Region::new(region.to_owned())).build();
+        Self::new(config, self.attempts)
+    }
+
+    fn new(config: SdkConfig, attempts: u32) -> Self {
         let (s3_url, ec2_url, ebs_url) = (LastUrl::default(), LastUrl::default(), LastUrl::default());
         let s3 = aws_sdk_s3::config::Builder::from(&config)
             .endpoint_resolver(PathStyle(DefaultResolver::new()))
@@ -65,16 +75,17 @@ impl Clients {
             .build();
         let ec2 = aws_sdk_ec2::config::Builder::from(&config).interceptor(ec2_url.clone()).build();
         let ebs = aws_sdk_ebs::config::Builder::from(&config).interceptor(ebs_url.clone()).build();
-        Ok(Self {
+        Self {
             s3: aws_sdk_s3::Client::from_conf(s3),
             ec2: aws_sdk_ec2::Client::from_conf(ec2),
             ebs: aws_sdk_ebs::Client::from_conf(ebs),
-            region: region.to_string(),
+            region: config.region().map(ToString::to_string).unwrap_or_default(),
+            config,
             attempts,
             s3_url,
             ec2_url,
             ebs_url,
-        })
+        }
     }
 
     /// The region that all requests go to.

@@ -210,26 +210,48 @@ impl Failure {
         }
     }
 
-    /// What the user reads.
+    /// What the user reads of a publish that failed.
     pub(super) fn into_error(self, target: &Target) -> Error {
+        self.explain(target, "publish again; the disk is unchanged")
+    }
+
+    /// What the user reads of other work in a region.
+    pub(super) fn in_region(self, region: &str) -> Error {
+        self.in_bucket(region, "")
+    }
+
+    /// What the user reads of other work in a bucket.
+    pub(super) fn in_bucket(self, region: &str, bucket: &str) -> Error {
+        let target = Target {
+            region: region.to_owned(),
+            bucket: bucket.to_owned(),
+            key: String::new(),
+            role: String::new(),
+            image_name: String::new(),
+            run: String::new(),
+        };
+        self.explain(&target, "try again")
+    }
+
+    fn explain(self, target: &Target, again: &str) -> Error {
         let short = self.call.split_once(':').map_or(self.call, |(_, name)| name);
         match self.kind {
             Kind::NoCredentials => self.no_credentials(),
             Kind::Unreachable if self.sent => {
                 publish(format!("the connection to {} broke during {short}: {}", self.place(), self.message))
-                    .help("check the network, then publish again; the disk is unchanged")
+                    .help(format!("check the network, then {again}"))
             }
             Kind::Unreachable => publish(format!("cannot reach {}: {}", self.place(), self.message)).help(format!(
                 "check the network and that the region `{}` exists; AWS_ENDPOINT_URL and the AWS profile can name another endpoint",
                 target.region
             )),
             Kind::TimedOut => publish(format!("{} did not answer {short} in time", self.place()))
-                .help("check the network, then publish again; the disk is unchanged"),
+                .help(format!("check the network, then {again}")),
             Kind::Garbled => publish(format!("{short} failed: {}", self.words())).help(format!(
                 "check the region `{}`, and AWS_ENDPOINT_URL and the AWS profile if they name an endpoint",
                 target.region
             )),
-            Kind::Refused => self.refused(short, target),
+            Kind::Refused => self.refused(short, target, again),
         }
     }
 
@@ -255,12 +277,12 @@ impl Failure {
         }
     }
 
-    fn refused(self, short: &str, target: &Target) -> Error {
+    fn refused(self, short: &str, target: &Target, again: &str) -> Error {
         let said = format!("AWS said: {}", self.words());
         if self.is_one_of(EXPIRED) {
             return publish("the AWS credentials have expired")
                 .with_note(said)
-                .help("sign in again (`aws sso login`, or new keys), then publish again; the disk is unchanged");
+                .help(format!("sign in again (`aws sso login`, or new keys), then {again}"));
         }
         if self.is_one_of(UNKNOWN_CREDENTIALS) {
             let region = &target.region;
@@ -294,13 +316,13 @@ impl Failure {
         if self.is_passing() {
             return publish(format!("{} could not do {short}, however often it was asked", self.place()))
                 .with_note(said)
-                .help("wait a few minutes, then publish again; the disk is unchanged");
+                .help(format!("wait a few minutes, then {again}"));
         }
         let error = publish(format!("AWS refused {short}: {}", self.words()));
         if self.code.contains("LimitExceeded") {
             return error.help("raise that quota in the Service Quotas console, or remove what is no longer needed");
         }
-        error.help("change what AWS doesn't take, then publish again; the disk is unchanged")
+        error.help(format!("change what AWS doesn't take, then {again}"))
     }
 }
 
@@ -315,7 +337,8 @@ fn denied(failure: &Failure, short: &str, target: &Target) -> Error {
     let error = publish(format!("not permitted to call {short}"));
     let error =
         if failure.message.is_empty() { error } else { error.with_note(format!("AWS said: {}", failure.words())) };
-    let tagging = matches!(failure.call, "ec2:ImportSnapshot" | "ec2:RegisterImage" | "ebs:StartSnapshot");
+    let tagging =
+        matches!(failure.call, "ec2:CopyImage" | "ec2:ImportSnapshot" | "ec2:RegisterImage" | "ebs:StartSnapshot");
     let also = if tagging { " (and `ec2:CreateTags`)" } else { "" };
     let foreign = if failure.call == "s3:HeadBucket" { "; the bucket may also be another account's" } else { "" };
     error.help(format!("allow `{permission}`{also} on {resource} to the user or role that publishes{foreign}"))

@@ -157,7 +157,7 @@ pub(super) async fn until_available(job: &Job<'_>, id: &str) -> Result<(), Error
 }
 
 /// Whether the image is available; what it is instead if it never will be.
-fn judge(image: &Image) -> Result<bool, String> {
+pub(super) fn judge(image: &Image) -> Result<bool, String> {
     match image.state() {
         Some(ImageState::Available) => Ok(true),
         None | Some(ImageState::Pending) => Ok(false),

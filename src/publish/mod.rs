@@ -6,6 +6,7 @@
 //! at any point finds it again and takes it back.
 
 mod client;
+mod copy;
 mod ebs;
 mod failure;
 mod found;
@@ -13,9 +14,11 @@ mod image;
 mod import;
 mod journal;
 mod parts;
+mod place;
 mod preflight;
 mod retry;
 mod rules;
+mod share;
 mod stop;
 mod undo;
 mod upload;

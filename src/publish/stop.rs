@@ -14,23 +14,48 @@ use crate::units::show_duration;
 /// How long a request that makes something is still waited for after a stop: its answer says what to take back.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Ends every wait of one publish.
+/// Ends every wait of one publish, or of other work.
 pub(super) struct Stop {
     cancel: Cancel,
     asked: watch::Receiver<bool>,
     deadline: Instant,
     limit: Duration,
+    work: Work,
     _subscription: Subscription,
 }
 
+/// What a message about the time being up says of the work.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Work {
+    /// E.g. `publishing`.
+    pub(super) name: &'static str,
+    /// What to do about it.
+    pub(super) help: &'static str,
+}
+
+const PUBLISHING: Work =
+    Work { name: "publishing", help: "publish again with a longer --timeout; the disk is unchanged" };
+
 impl Stop {
-    /// Stops when `cancel` is requested, or after `limit`.
+    /// Stops publishing when `cancel` is requested, or after `limit`.
     pub(super) fn new(cancel: &Cancel, limit: Duration) -> Self {
+        Self::of(PUBLISHING, cancel, limit)
+    }
+
+    /// The same for other work.
+    pub(super) fn of(work: Work, cancel: &Cancel, limit: Duration) -> Self {
         let (ask, asked) = watch::channel(false);
         let subscription = cancel.subscribe(move || {
             let _ = ask.send(true);
         });
-        Self { cancel: cancel.clone(), asked, deadline: Instant::now() + limit, limit, _subscription: subscription }
+        Self {
+            cancel: cancel.clone(),
+            asked,
+            deadline: Instant::now() + limit,
+            limit,
+            work,
+            _subscription: subscription,
+        }
     }
 
     /// Whether to go on; `what` is what comes next.
@@ -78,9 +103,8 @@ impl Stop {
     }
 
     fn timed_out(&self, what: &str) -> Error {
-        let limit = show_duration(self.limit);
-        Error::new(Exit::TimedOut, format!("publishing did not end within {limit}; it waited for {what}"))
-            .help("publish again with a longer --timeout; the disk is unchanged")
+        let (Work { name, help }, limit) = (self.work, show_duration(self.limit));
+        Error::new(Exit::TimedOut, format!("{name} did not end within {limit}; it waited for {what}")).help(help)
     }
 }
 

@@ -15,11 +15,11 @@ use crate::error::{Error, Exit};
 use crate::event::Event;
 
 /// How long the undoing of one thing may take.
-const EACH: Duration = Duration::from_secs(30);
+pub(super) const EACH: Duration = Duration::from_secs(30);
 /// The pause before another try.
-const PAUSE: Duration = Duration::from_secs(1);
+pub(super) const PAUSE: Duration = Duration::from_secs(1);
 /// How often something is looked for whose making was never confirmed.
-const LOOKS: u32 = 8;
+pub(super) const LOOKS: u32 = 8;
 /// How often a thing with a known id must be unknown to AWS before it is believed to be gone.
 const GONE: u32 = 3;
 
@@ -237,7 +237,7 @@ fn by_hand(job: &Job<'_>, made: &Made) -> String {
 }
 
 /// Repeats a deletion while it fails for reasons that pass.
-async fn until_deleted<F>(mut delete: impl FnMut() -> F) -> Result<(), Failure>
+pub(super) async fn until_deleted<F>(mut delete: impl FnMut() -> F) -> Result<(), Failure>
 where
     F: Future<Output = Result<(), Failure>>,
 {

@@ -4,6 +4,7 @@
 //! text; whether they exist is for `build` to find out.
 
 pub mod aws;
+mod grantee;
 mod image_name;
 mod publish;
 mod read;
@@ -25,6 +26,7 @@ use crate::error::{Error, Place};
 use crate::provisioners::Provisioner;
 use crate::units::Size;
 
+pub use grantee::Grantee;
 pub use image_name::{NameError, NamePart, name_parts};
 pub use publish::{BootMode, Imds, Publish, Via, VolumeType};
 pub use read::parse;
