@@ -222,14 +222,7 @@ impl Failure {
 
     /// What the user reads of other work in a bucket.
     pub(super) fn in_bucket(self, region: &str, bucket: &str) -> Error {
-        let target = Target {
-            region: region.to_owned(),
-            bucket: bucket.to_owned(),
-            key: String::new(),
-            role: String::new(),
-            image_name: String::new(),
-            run: String::new(),
-        };
+        let target = Target { region: region.to_owned(), bucket: bucket.to_owned(), ..Target::default() };
         self.explain(&target, "try again")
     }
 

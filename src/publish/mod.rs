@@ -13,6 +13,7 @@ mod found;
 mod image;
 mod import;
 mod journal;
+pub mod life;
 mod parts;
 mod place;
 mod preflight;
@@ -151,7 +152,7 @@ pub struct Published {
 }
 
 /// Where it goes, once region, bucket and names are settled.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 struct Target {
     region: String,
     bucket: String,

@@ -3,7 +3,7 @@
 //! What AWS would refuse is found out first, by requests that only read; then nothing is changed. Sharing is a setting,
 //! not a thing: made twice it is the same, and a run that failed in the middle is repeated.
 //!
-//! Source: "ModifyImageAttribute", "ModifySnapshotAttribute", "GetImageBlockPublicAccessState" in the EC2 API reference,
+//! Source: `ModifyImageAttribute`, `ModifySnapshotAttribute`, `GetImageBlockPublicAccessState` in the EC2 API reference,
 //! "Share an AMI with specific AWS accounts" in the user guide.
 
 use aws_sdk_ec2::types::{
@@ -95,8 +95,8 @@ fn blocked(region: &str, things: &str, thing: &str, by: Option<&ManagedBy>) -> E
     })
 }
 
-/// Whether this image can be shared so. The image's snapshots are looked at where the caller may.
-pub(super) async fn possible(place: &Place, image: &Image, sharing: &Sharing) -> Result<(), Error> {
+/// Whether this image can be shared so, as far as it shows.
+pub(super) fn possible(place: &Place, image: &Image, sharing: &Sharing) -> Result<(), Error> {
     let encrypted = image
         .block_device_mappings()
         .iter()
