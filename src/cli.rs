@@ -129,6 +129,16 @@ pub enum Command {
     Shell(Shell),
     /// Upload a built disk, import it and register it as an AMI
     Publish(Publish),
+    /// List the images that kiln has made in this account
+    Images(Images),
+    /// Let others launch an image: the newest of its name in each region
+    Share(Share),
+    /// Copy an image into other regions
+    Copy(Copy),
+    /// Deprecate and deregister old images of a name, and delete their snapshots
+    Retire(Retire),
+    /// Delete what interrupted publishes have left in AWS
+    Sweep(Sweep),
     /// List the provisioners that come with kiln, with their inputs
     Provisioners,
     /// Say what this host offers for building, and what is missing
@@ -297,4 +307,113 @@ pub struct Publish {
     /// Print the IAM policy that this publish needs, and ask AWS nothing
     #[arg(long, conflicts_with_all = ["dry_run", "check"])]
     pub iam_policy: bool,
+}
+
+/// Which regions of the account.
+#[derive(Debug, Args)]
+pub struct InRegions {
+    /// Region to look in; may be given several times [default: the SDK's]
+    #[arg(long, value_name = "REGION")]
+    pub region: Vec<String>,
+    /// Look in all regions that are enabled for the account
+    #[arg(long, conflicts_with = "region")]
+    pub all_regions: bool,
+}
+
+/// `kiln images`.
+#[derive(Debug, Args)]
+pub struct Images {
+    /// Only those of this recipe, or with this name or id
+    pub name: Option<String>,
+    /// Which regions
+    #[command(flatten)]
+    pub regions: InRegions,
+}
+
+/// `kiln share`.
+#[derive(Debug, Args)]
+pub struct Share {
+    /// The image's id or name, or its recipe's name
+    #[arg(value_name = "IMAGE")]
+    pub name: String,
+    /// An account's 12 digits, the ARN of an organisation or unit, or all: everyone; may be given several times
+    #[arg(long, value_name = "WHOM", required = true)]
+    pub with: Vec<String>,
+    /// Not any more
+    #[arg(long)]
+    pub remove: bool,
+    /// Its snapshots too, so that they can copy it
+    #[arg(long)]
+    pub snapshots: bool,
+    /// Which regions
+    #[command(flatten)]
+    pub regions: InRegions,
+}
+
+/// `kiln copy`.
+#[derive(Debug, Args)]
+pub struct Copy {
+    /// The image's id or name, or its recipe's name: its newest image
+    #[arg(value_name = "IMAGE")]
+    pub name: String,
+    /// Region to copy it to; may be given several times
+    #[arg(long, value_name = "REGION", required = true)]
+    pub to: Vec<String>,
+    /// Region that it is in [default: the SDK's]
+    #[arg(long, value_name = "REGION")]
+    pub from: Option<String>,
+    /// Encrypt the copies with this KMS key; REGION=KEY for one of them
+    #[arg(long, value_name = "KEY")]
+    pub kms_key: Vec<String>,
+    /// The copies' name [default: the image's]
+    #[arg(long, value_name = "NAME")]
+    pub image_name: Option<String>,
+    /// How long all of it may take
+    #[arg(long, value_name = "TIME", default_value = "2h")]
+    pub timeout: String,
+}
+
+/// `kiln retire`.
+#[derive(Debug, Args)]
+pub struct Retire {
+    /// The recipe's name, or an image's name or id
+    pub name: String,
+    /// How many of the newest stay in each region [default: 1 of a recipe's images; an image that is named goes]
+    #[arg(long, value_name = "N")]
+    pub keep: Option<usize>,
+    /// Only what is older, e.g. 30d
+    #[arg(long, value_name = "TIME")]
+    pub older: Option<String>,
+    /// Deprecate them, and leave them there
+    #[arg(long)]
+    pub deprecate_only: bool,
+    /// Which regions
+    #[command(flatten)]
+    pub regions: InRegions,
+    /// Don't ask
+    #[arg(long)]
+    pub yes: bool,
+    /// Only say what would go
+    #[arg(long, conflicts_with = "yes")]
+    pub dry_run: bool,
+}
+
+/// `kiln sweep`.
+#[derive(Debug, Args)]
+pub struct Sweep {
+    /// Which regions
+    #[command(flatten)]
+    pub regions: InRegions,
+    /// Look in this bucket too, wherever it is
+    #[arg(long)]
+    pub bucket: Option<String>,
+    /// Only what is older: a publish that runs has such things too
+    #[arg(long, value_name = "TIME", default_value = "1d")]
+    pub older: String,
+    /// Don't ask
+    #[arg(long)]
+    pub yes: bool,
+    /// Only say what would go
+    #[arg(long, conflicts_with = "yes")]
+    pub dry_run: bool,
 }

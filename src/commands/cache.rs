@@ -48,7 +48,7 @@ fn list(context: &Context<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-fn ago(seconds: u64) -> String {
+pub(super) fn ago(seconds: u64) -> String {
     match seconds {
         0..60 => format!("{seconds} s"),
         60..3600 => format!("{} min", seconds / 60),

@@ -1,14 +1,21 @@
 //! One function for each command: from the command line's types to the library's, and back to a result.
 
+mod account;
 mod build;
 mod cache;
+mod copy;
 mod doctor;
+mod images;
 mod init;
 mod plan;
 mod provisioners;
 mod publish;
 mod rehearse;
+mod retire;
+mod share;
 mod shell;
+mod sweep;
+mod table;
 mod terminal;
 
 use std::io::Write;
@@ -41,6 +48,11 @@ pub(crate) fn run(cli: Cli, ui: Ui, cancel: &Cancel) -> Result<(), Error> {
         Command::Run(arguments) => rehearse::run(&context, arguments),
         Command::Shell(arguments) => shell::run(&context, arguments),
         Command::Publish(arguments) => publish::run(&context, arguments),
+        Command::Images(arguments) => images::run(&context, &arguments),
+        Command::Share(arguments) => share::run(&context, &arguments),
+        Command::Copy(arguments) => copy::run(&context, &arguments),
+        Command::Retire(arguments) => retire::run(&context, &arguments),
+        Command::Sweep(arguments) => sweep::run(&context, &arguments),
         Command::Provisioners => {
             provisioners::run(&context);
             Ok(())

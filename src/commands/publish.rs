@@ -278,7 +278,7 @@ fn description(manifest: &Manifest, events: &Events) -> String {
 }
 
 /// Tests look more often than AWS could bear.
-fn poll() -> Result<Duration, Error> {
+pub(super) fn poll() -> Result<Duration, Error> {
     std::env::var("KILN_POLL_INTERVAL").map_or(Ok(POLL), |text| duration("KILN_POLL_INTERVAL", &text))
 }
 

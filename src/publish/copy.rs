@@ -4,7 +4,7 @@
 //! made. The request's token is the same whenever the same is asked for, and a copy that is there already is found by
 //! its tags first: a repeated call makes nothing twice, whatever ended the one before.
 //!
-//! Source: "CopyImage" in the EC2 API reference, "Copy an Amazon EC2 AMI" in the user guide.
+//! Source: `CopyImage` in the EC2 API reference, "Copy an Amazon EC2 AMI" in the user guide.
 
 use aws_sdk_ec2::types::{Filter, Image, ImageState, ResourceType, Snapshot, Tag, TagSpecification};
 use sha2::{Digest as _, Sha256};
@@ -86,7 +86,7 @@ pub(super) struct Copied {
 /// can't be finished is taken back, or named in the error's notes.
 pub(super) async fn copy(place: &Place, order: &Order, tell: impl Fn(u64)) -> Result<Copied, Error> {
     same_partition(order, place.region())?;
-    if let Some(id) = existing(place, order).await? {
+    if let Some(id) = Box::pin(existing(place, order)).await? {
         let image = Box::pin(until_available(place, &id, tell)).await?;
         return Ok(Copied { id, snapshots: snapshots(&image), found: true });
     }
@@ -265,7 +265,7 @@ pub(super) async fn of_name(place: &Place, name: &str) -> Result<Vec<Image>, Fai
     Ok(call.send().await.map_err(place.clients.failed("ec2:DescribeImages"))?.images.unwrap_or_default())
 }
 
-async fn describe(place: &Place, id: &str) -> Result<Image, Failure> {
+pub(super) async fn describe(place: &Place, id: &str) -> Result<Image, Failure> {
     let call = place.clients.ec2.describe_images().image_ids(id).include_disabled(true);
     let answer = call.send().await.map_err(place.clients.failed("ec2:DescribeImages"))?;
     answer.images.unwrap_or_default().into_iter().next().ok_or_else(|| Failure::absent("ec2:DescribeImages"))
@@ -386,8 +386,8 @@ pub(super) async fn take_back(place: &Place, id: &str) -> Result<(), String> {
     if all.is_empty() { Ok(()) } else { Err(all.join("; ")) }
 }
 
-/// The snapshots of a copy. As long as it is pending it may not name them yet; they name it: "Copied for DestinationAmi
-/// ami-… from SourceAmi …".
+/// The snapshots of a copy. As long as it is pending it may not name them yet; they name it: "Copied for `DestinationAmi`
+/// ami-… from `SourceAmi` …".
 async fn snapshots_of_copy(place: &Place, id: &str) -> Vec<String> {
     let mut ids = describe(place, id).await.map(|image| snapshots(&image)).unwrap_or_default();
     let kilns = Filter::builder().name("tag-key").values(rules::DIGEST_TAG).build();

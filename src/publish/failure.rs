@@ -217,15 +217,13 @@ impl Failure {
 
     /// What the user reads of other work in a region.
     pub(super) fn in_region(self, region: &str) -> Error {
-        let nowhere = Target {
-            region: region.to_owned(),
-            bucket: String::new(),
-            key: String::new(),
-            role: String::new(),
-            image_name: String::new(),
-            run: String::new(),
-        };
-        self.explain(&nowhere, "try again")
+        self.in_bucket(region, "")
+    }
+
+    /// What the user reads of other work in a bucket.
+    pub(super) fn in_bucket(self, region: &str, bucket: &str) -> Error {
+        let target = Target { region: region.to_owned(), bucket: bucket.to_owned(), ..Target::default() };
+        self.explain(&target, "try again")
     }
 
     fn explain(self, target: &Target, again: &str) -> Error {

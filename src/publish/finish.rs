@@ -67,7 +67,7 @@ async fn each(job: &Job<'_>, id: &str) -> Result<(), Error> {
     if !release.share.is_empty() {
         let snapshots: Vec<String> = image::snapshots(&found).map(str::to_owned).collect();
         let (place, sharing) = (job.place(), sharing(job));
-        share::possible(&place, &found, &sharing).await?;
+        share::possible(&place, &found, &sharing)?;
         share::apply(&place, id, &snapshots, &sharing).await?;
     }
     // Last, because it stands in the way of taking the image back.

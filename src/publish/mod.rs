@@ -15,6 +15,7 @@ mod found;
 mod image;
 mod import;
 mod journal;
+pub mod life;
 mod parameter;
 mod parts;
 mod place;
@@ -169,7 +170,7 @@ pub struct Published {
 }
 
 /// Where it goes, once region, bucket and names are settled.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 struct Target {
     region: String,
     bucket: String,

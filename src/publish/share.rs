@@ -3,18 +3,17 @@
 //! What AWS would refuse is found out first, by requests that only read; then nothing is changed. Sharing is a setting,
 //! not a thing: made twice it is the same, and a run that failed in the middle is repeated.
 //!
-//! Source: "ModifyImageAttribute", "ModifySnapshotAttribute", "GetImageBlockPublicAccessState" in the EC2 API reference,
+//! Source: `ModifyImageAttribute`, `ModifySnapshotAttribute`, `GetImageBlockPublicAccessState` in the EC2 API reference,
 //! "Share an AMI with specific AWS accounts" in the user guide.
 
 use aws_sdk_ec2::types::{
     CreateVolumePermission, CreateVolumePermissionModifications, Image, LaunchPermission,
-    LaunchPermissionModifications, ManagedBy, PermissionGroup, Snapshot, SnapshotAttributeName,
-    SnapshotBlockPublicAccessState,
+    LaunchPermissionModifications, ManagedBy, PermissionGroup, SnapshotAttributeName, SnapshotBlockPublicAccessState,
 };
 
 use super::failure::Failure;
 use super::place::Place;
-use super::{image, rules};
+use super::rules;
 use crate::error::{Error, Exit};
 use crate::recipe::Grantee;
 
@@ -96,8 +95,8 @@ fn blocked(region: &str, things: &str, thing: &str, by: Option<&ManagedBy>) -> E
     })
 }
 
-/// Whether this image can be shared so. The image's snapshots are looked at where the caller may.
-pub(super) async fn possible(place: &Place, image: &Image, sharing: &Sharing) -> Result<(), Error> {
+/// Whether this image can be shared so, as far as it shows.
+pub(super) fn possible(place: &Place, image: &Image, sharing: &Sharing) -> Result<(), Error> {
     let encrypted = image
         .block_device_mappings()
         .iter()
@@ -196,14 +195,6 @@ fn grantee(permission: &LaunchPermission) -> Option<Grantee> {
     let unit = permission.organizational_unit_arn().map(|arn| Grantee::Unit(arn.to_owned()));
     let everyone = (permission.group() == Some(&PermissionGroup::All)).then_some(Grantee::Everyone);
     account.or(organisation).or(unit).or(everyone)
-}
-
-/// The keys that encrypt these snapshots: who shall use the image must be allowed to use them.
-pub(super) fn keys(snapshots: &[Snapshot]) -> Vec<&str> {
-    let mut keys: Vec<&str> = snapshots.iter().filter_map(Snapshot::kms_key_id).collect();
-    keys.sort_unstable();
-    keys.dedup();
-    keys
 }
 
 #[cfg(test)]

@@ -41,7 +41,7 @@ impl fmt::Display for Grantee {
 impl FromStr for Grantee {
     type Err = Refusal;
 
-    /// Source: "LaunchPermission" in the EC2 API reference; the ids' shapes from "Organization" and
+    /// Source: `LaunchPermission` in the EC2 API reference; the ids' shapes from "Organization" and
     /// "`OrganizationalUnit`" in that of Organizations.
     fn from_str(text: &str) -> Result<Self, Refusal> {
         let refused =

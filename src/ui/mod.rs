@@ -86,6 +86,11 @@ impl Ui {
         }
     }
 
+    /// Shows a person at the terminal what a question is about, or the question, whose line stays open.
+    pub fn ask(self, text: &str) {
+        let _ = io::stderr().lock().write_all(clean(text).as_bytes());
+    }
+
     /// Prints a result: `human` or, as one document, `json`.
     pub fn result(self, human: &str, json: &serde_json::Value) {
         let text = match self.format {
