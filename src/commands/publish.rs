@@ -71,11 +71,8 @@ fn everywhere(context: &Context<'_>, request: &Request, fail_fast: bool) -> Resu
         return publish::publish(request, &how, context.cancel);
     }
     let board = context.ui.board("region");
-    let how = How {
-        fail_fast,
-        events: &|region| board.events(region),
-        failed: &|region, error| board.error(region, error),
-    };
+    let how =
+        How { fail_fast, events: &|region| board.events(region), failed: &|region, error| board.error(region, error) };
     publish::publish(request, &how, context.cancel)
 }
 
@@ -91,7 +88,8 @@ fn outcome(context: &Context<'_>, mut ended: Vec<Ended>) -> Result<(), Error> {
     let Some((_, first)) = failed.first() else { return Ok(()) };
     let names: Vec<&str> = failed.iter().map(|(region, _)| *region).collect();
     let message = format!("{} of {regions} regions failed: {}", failed.len(), names.join(", "));
-    Err(Error::new(first.exit, message).help("publish again: what is there already is found, and only the rest is made"))
+    Err(Error::new(first.exit, message)
+        .help("publish again: what is there already is found, and only the rest is made"))
 }
 
 /// For the next steps of a workflow, where GitHub Actions asks for it: the first region's image, and all of them.
@@ -136,11 +134,8 @@ fn check(context: &Context<'_>, request: &Request) -> Result<(), Error> {
     let json = all.iter().map(|(region, checked)| json!({ "region": region, "checks": checked }));
     context.ui.result(&lines, &json.collect());
     let bad = |one: &Checked| matches!(one.verdict, Verdict::Bad { .. });
-    let failing: Vec<&str> = all
-        .iter()
-        .filter(|(_, checked)| checked.iter().any(bad))
-        .map(|(region, _)| region.as_str())
-        .collect();
+    let failing: Vec<&str> =
+        all.iter().filter(|(_, checked)| checked.iter().any(bad)).map(|(region, _)| region.as_str()).collect();
     if failing.is_empty() {
         return Ok(());
     }
@@ -207,7 +202,8 @@ fn request(manifest: &Manifest, arguments: &Publish, store: Option<Store>, event
 fn via(manifest: &Manifest, arguments: &Publish) -> Result<Via, Error> {
     match (arguments.via, manifest.publish.via.as_str()) {
         (Some(cli::Via::Ebs), _) | (None, "ebs") if arguments.bucket.is_some() => {
-            Err(Error::new(Exit::Usage, "EBS direct needs no bucket").help("leave out --bucket, or use --via s3 or auto"))
+            Err(Error::new(Exit::Usage, "EBS direct needs no bucket")
+                .help("leave out --bucket, or use --via s3 or auto"))
         }
         (Some(cli::Via::Ebs), _) | (None, "ebs") => Ok(Via::Ebs),
         (Some(cli::Via::Auto), _) | (None, "auto") => Ok(Via::Auto),
@@ -234,7 +230,9 @@ fn release(manifest: &Manifest, arguments: &Publish) -> Result<Release, Error> {
         }
     };
     let asked = if arguments.share.is_empty() { &facts.share } else { &arguments.share };
-    let share = asked.iter().map(|who| who.parse().map_err(|refused: aws::Refusal| usage((refused.message, Some(refused.help)))));
+    let share = asked
+        .iter()
+        .map(|who| who.parse().map_err(|refused: aws::Refusal| usage((refused.message, Some(refused.help)))));
     let deprecate_after = match &arguments.deprecate_after {
         Some(text) => Some(recipe::days(text).map_err(usage)?),
         None => facts.deprecate_after.map(Duration::from_secs),

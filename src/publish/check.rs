@@ -5,6 +5,7 @@
 //!
 //! Source: "Dry run" in "Common query parameters", Amazon EC2 API Reference.
 
+use aws_sdk_ec2::types::{BlockDeviceMapping, EbsBlockDevice, Tag};
 use serde::Serialize;
 
 use super::failure::Failure;
@@ -129,12 +130,16 @@ async fn dry_runs(job: &Job<'_>, sends: bool) -> Result<Answers, Error> {
         }};
     }
     if sends {
-        ask!("ec2:RegisterImage", ec2.register_image().name(name).architecture(image::architecture(job.request.arch)));
+        let device = &job.request.root_device;
+        let volume = EbsBlockDevice::builder().snapshot_id(NO_SNAPSHOT).build();
+        let mapping = BlockDeviceMapping::builder().device_name(device).ebs(volume).build();
+        let register = ec2.register_image().name(name).root_device_name(device).block_device_mappings(mapping);
+        ask!("ec2:RegisterImage", register.architecture(image::architecture(job.request.arch)));
     } else {
         let source = job.request.regions.first().map_or("", String::as_str);
         ask!("ec2:CopyImage", ec2.copy_image().name(name).source_region(source).source_image_id(NO_IMAGE));
     }
-    let tag = aws_sdk_ec2::types::Tag::builder().key(rules::NAME_TAG).value(&job.request.name).build();
+    let tag = Tag::builder().key(rules::NAME_TAG).value(&job.request.name).build();
     ask!("ec2:CreateTags", ec2.create_tags().resources(NO_SNAPSHOT).tags(tag));
     ask!("ec2:DeregisterImage", ec2.deregister_image().image_id(NO_IMAGE));
     ask!("ec2:DeleteSnapshot", ec2.delete_snapshot().snapshot_id(NO_SNAPSHOT));

@@ -240,11 +240,7 @@ async fn state_of_begun(job: &Job<'_>, journal: &Journal) -> Result<Option<Snaps
     }
 }
 
-async fn start(
-    job: &Job<'_>,
-    undo: &mut Undo,
-    map: &BlockMap,
-) -> Result<Result<(Journal, Blocks), Failure>, Error> {
+async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Result<(Journal, Blocks), Failure>, Error> {
     let encrypts = Box::pin(encrypts(job)).await?;
     let mut parent = Box::pin(parent(job, map, encrypts)).await?;
     let (snapshot, encrypted) = loop {

@@ -41,8 +41,9 @@ pub(super) async fn register(job: &Job<'_>, name: &str, snapshot: &str, undo: &m
     let made = |id| Made::Image { id, name: name.to_owned(), snapshot: snapshot.to_owned() };
     let until = Instant::now() + import::settling(job.request.poll);
     let (entry, id) = loop {
-        let (entry, answer) =
-            job.make("the image's registration", undo, made(None), |attempt| send(job, name, snapshot, attempt)).await?;
+        let (entry, answer) = job
+            .make("the image's registration", undo, made(None), |attempt| send(job, name, snapshot, attempt))
+            .await?;
         match answer {
             Ok(id) => break (entry, id),
             Err(failure) if failure.is_not_found() && Instant::now() < until => {

@@ -50,12 +50,12 @@ use client::Clients;
 use failure::Failure;
 use found::Found;
 use journal::Journal;
+pub(crate) use journal::is_journal;
 use place::Place;
 use preflight::Before;
-pub(crate) use journal::is_journal;
+pub use regions::{Ended, How};
 use regions::{Home, Original, Regions, Source};
 use replace::Old;
-pub use regions::{Ended, How};
 use stop::Stop;
 use undo::{Made, Undo};
 
@@ -355,7 +355,8 @@ async fn copied(job: &Job<'_>, mut home: watch::Receiver<Home>, old: &[Old], und
         }
     };
     let original = job.phase("wait", detail, |_| String::new(), wait).await?.ok_or_else(|| {
-        let message = format!("there is no image to copy to {}: the region that the disk was sent to failed", job.target.region);
+        let message =
+            format!("there is no image to copy to {}: the region that the disk was sent to failed", job.target.region);
         Error::new(Exit::Publish, message)
     })?;
     let detail = format!("{} of {} to {}", original.id, original.region, job.target.region);
@@ -422,7 +423,8 @@ async fn snapshot(
                 Err(refused) if job.target.bucket.is_empty() => Err(job.error(refused)),
                 Err(refused) => {
                     let bucket = &job.target.bucket;
-                    job.events.note(format!("no EBS direct ({}): going through the bucket `{bucket}`", refused.reason()));
+                    job.events
+                        .note(format!("no EBS direct ({}): going through the bucket `{bucket}`", refused.reason()));
                     Box::pin(preflight::bucket(job)).await?;
                     through_bucket(job, undo).await
                 }

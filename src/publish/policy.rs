@@ -19,15 +19,19 @@ pub(super) fn policy(request: &Request) -> Result<Value, Error> {
     }
     if request.via != Via::S3 {
         let calls = ["ebs:StartSnapshot", "ebs:PutSnapshotBlock", "ebs:CompleteSnapshot"];
-        statements.push(statement("Blocks", &calls, resources(request, |partition, region| {
-            format!("arn:{partition}:ec2:{region}::snapshot/*")
-        })));
+        statements.push(statement(
+            "Blocks",
+            &calls,
+            resources(request, |partition, region| format!("arn:{partition}:ec2:{region}::snapshot/*")),
+        ));
     }
     if let Some(name) = &request.release.parameter {
         let name = name.trim_start_matches('/');
-        statements.push(statement("Parameters", &["ssm:GetParameter", "ssm:PutParameter"], resources(request, |partition, region| {
-            format!("arn:{partition}:ssm:{region}:*:parameter/{name}")
-        })));
+        statements.push(statement(
+            "Parameters",
+            &["ssm:GetParameter", "ssm:PutParameter"],
+            resources(request, |partition, region| format!("arn:{partition}:ssm:{region}:*:parameter/{name}")),
+        ));
     }
     Ok(json!({ "Version": "2012-10-17", "Statement": statements }))
 }
@@ -80,13 +84,8 @@ fn bucket(request: &Request) -> [Value; 2] {
     let bucket = format!("arn:{partition}:s3:::{}", rules::bucket(request).unwrap_or("*"));
     let keys = format!("{bucket}/{}*", rules::key_stem_of_all(request));
     let of_bucket = ["s3:GetBucketLocation", "s3:ListBucket", "s3:ListBucketMultipartUploads"];
-    let of_objects = [
-        "s3:AbortMultipartUpload",
-        "s3:DeleteObject",
-        "s3:GetObject",
-        "s3:ListMultipartUploadParts",
-        "s3:PutObject",
-    ];
+    let of_objects =
+        ["s3:AbortMultipartUpload", "s3:DeleteObject", "s3:GetObject", "s3:ListMultipartUploadParts", "s3:PutObject"];
     [statement("Bucket", &of_bucket, json!(bucket)), statement("Objects", &of_objects, json!(keys))]
 }
 

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
+use super::client::Clients;
 use super::failure::{self, Failure, Kind};
 use super::found::{self, Found};
-use super::client::Clients;
 use super::regions::Source;
 use super::replace::{self, Old};
 use super::share;
@@ -70,7 +70,9 @@ pub(super) async fn explain(job: &Job<'_>, before: &Before) -> Result<(), Error>
     for old in &before.old {
         would(format!("deregister {} of the same name, once the new image is available", old.id));
     }
-    if !matches!(before.found, Found::Image(_)) && !matches!((&before.found, &job.source), (Found::Nothing, Source::Copy(_))) {
+    if !matches!(before.found, Found::Image(_))
+        && !matches!((&before.found, &job.source), (Found::Nothing, Source::Copy(_)))
+    {
         would(image::plan_in_words(job));
     }
     finish::plan_in_words(job).into_iter().for_each(would);
@@ -114,9 +116,10 @@ async fn name_is_free(job: &Job<'_>, before: &mut Before) -> Result<(), Error> {
     let images = job.call("the images of this name", image::of_names(job, &[name, &interim])).await?;
     let of_disk = |image: &&aws_sdk_ec2::types::Image| {
         image.name() == Some(&interim)
-            && image.tags().iter().any(|tag| {
-                tag.key() == Some(rules::DIGEST_TAG) && tag.value() == Some(&job.request.digest)
-            })
+            && image
+                .tags()
+                .iter()
+                .any(|tag| tag.key() == Some(rules::DIGEST_TAG) && tag.value() == Some(&job.request.digest))
     };
     before.interim = images.iter().find(of_disk).and_then(|image| image.image_id()).map(str::to_owned);
     before.old = images.iter().filter(|image| image.name() == Some(name)).filter_map(Old::of).collect();

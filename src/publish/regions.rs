@@ -9,9 +9,9 @@ use std::sync::{Mutex, PoisonError};
 use tokio::runtime::Runtime;
 use tokio::sync::{Barrier, watch};
 
-use super::client::Clients;
 use super::SIGTERM;
 use super::check::{self, Checked};
+use super::client::Clients;
 use super::{Published, Request, Via, preflight, rules};
 use crate::cancel::{Cancel, Subscription};
 use crate::error::{Error, Exit};
@@ -80,7 +80,14 @@ impl<'a> Regions<'a> {
                 to.request(stopped.0);
             }
         });
-        Self { how, cancel, first: Mutex::new(None), looked: Barrier::new(count), ended: Barrier::new(count), _subscription: subscription }
+        Self {
+            how,
+            cancel,
+            first: Mutex::new(None),
+            looked: Barrier::new(count),
+            ended: Barrier::new(count),
+            _subscription: subscription,
+        }
     }
 
     /// Waits until all regions were looked at; each comes here once, whatever it has seen.

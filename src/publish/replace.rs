@@ -78,15 +78,16 @@ async fn deregister(job: &Job<'_>, id: &str) -> Result<(), Error> {
     match job.call("the old image's end", call).await? {
         Ok(()) => Ok(()),
         Err(failure) if failure.is_not_found() => Ok(()),
-        Err(failure) if failure.code == "OperationNotPermitted" => {
-            Err(Error::new(Exit::Publish, format!("image {id} is protected from being deregistered"))
-                .with_note(format!("AWS said: {}", failure.reason()))
-                .help(format!(
-                    "if it may go, `aws ec2 disable-image-deregistration-protection --region {} --image-id {id}`; or publish \
+        Err(failure) if failure.code == "OperationNotPermitted" => Err(Error::new(
+            Exit::Publish,
+            format!("image {id} is protected from being deregistered"),
+        )
+        .with_note(format!("AWS said: {}", failure.reason()))
+        .help(format!(
+            "if it may go, `aws ec2 disable-image-deregistration-protection --region {} --image-id {id}`; or publish \
                      under another name",
-                    job.target.region
-                )))
-        }
+            job.target.region
+        ))),
         Err(failure) => Err(job.error(failure)),
     }
 }

@@ -5,9 +5,9 @@ use sha2::{Digest as _, Sha256};
 use super::share::Sharing;
 use super::{Architecture, BootMode, DEFAULT_ROLE, Request, Target, Via};
 use crate::error::{Error, Exit};
-use crate::recipe::aws::{self, Refusal};
 #[cfg(test)]
 use crate::recipe::Release;
+use crate::recipe::aws::{self, Refusal};
 use crate::units::hex;
 
 /// The tag with the disk's digest.

@@ -30,8 +30,8 @@ use crate::units::Size;
 pub use grantee::Grantee;
 pub use image_name::{NameError, NamePart, name_parts};
 pub use publish::{BootMode, Imds, Publish, Refusal, Via, VolumeType};
-pub use release::{Protection, Release, days, parameter};
 pub use read::parse;
+pub use release::{Protection, Release, days, parameter};
 
 /// What the user asked for, checked as far as that goes without looking at files.
 #[derive(Debug, Clone)]

@@ -114,7 +114,10 @@ pub fn parameter(text: &str) -> Result<(), Refusal> {
     }
     let first = text.trim_start_matches('/').to_ascii_lowercase();
     if first.starts_with("aws") || first.starts_with("ssm") {
-        return Err(refusal(format!("`{text}` can't be a parameter"), "names that start with `aws` or `ssm` are AWS's own"));
+        return Err(refusal(
+            format!("`{text}` can't be a parameter"),
+            "names that start with `aws` or `ssm` are AWS's own",
+        ));
     }
     if text.contains('/') && !text.starts_with('/') {
         return Err(refusal(format!("`{text}` can't be a parameter"), &format!("a path starts with a `/`: `/{text}`")));

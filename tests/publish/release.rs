@@ -96,8 +96,11 @@ fn a_new_disk_takes_the_name_when_its_image_is_available() {
     let gone = calls.iter().position(|call| call["action"] == "ec2:DeregisterImage").unwrap();
     let available = calls[..gone].iter().filter(|call| call["action"] == "ec2:RegisterImage").count();
     assert_eq!(available, 1, "the new image was there before the old one went");
-    let names: Vec<&Value> =
-        calls.iter().filter(|call| call["action"] == "ec2:RegisterImage").map(|call| &call["parameters"]["Name"]).collect();
+    let names: Vec<&Value> = calls
+        .iter()
+        .filter(|call| call["action"] == "ec2:RegisterImage")
+        .map(|call| &call["parameters"]["Name"])
+        .collect();
     assert_eq!(names, ["web-1.new", "web-1"]);
 }
 
@@ -132,7 +135,63 @@ fn by_whichever_way_is_permitted() {
 fn the_permissions_that_a_publish_needs() {
     let stage = Stage::with(ALL);
     let said = publish(&stage, ["--iam-policy", "--region", "eu-west-1"]).run().succeeded();
-    insta::assert_snapshot!(said);
+    insta::assert_snapshot!(said, @r##"
+    {
+      "Statement": [
+        {
+          "Action": [
+            "ec2:CancelImportTask",
+            "ec2:CreateTags",
+            "ec2:DeleteSnapshot",
+            "ec2:DeregisterImage",
+            "ec2:DescribeImages",
+            "ec2:DescribeImportSnapshotTasks",
+            "ec2:DescribeSnapshots",
+            "ec2:EnableImageDeprecation",
+            "ec2:EnableImageDeregistrationProtection",
+            "ec2:ImportSnapshot",
+            "ec2:ModifyImageAttribute",
+            "ec2:RegisterImage"
+          ],
+          "Effect": "Allow",
+          "Resource": "*",
+          "Sid": "Images"
+        },
+        {
+          "Action": [
+            "s3:GetBucketLocation",
+            "s3:ListBucket",
+            "s3:ListBucketMultipartUploads"
+          ],
+          "Effect": "Allow",
+          "Resource": "arn:aws:s3:::images",
+          "Sid": "Bucket"
+        },
+        {
+          "Action": [
+            "s3:AbortMultipartUpload",
+            "s3:DeleteObject",
+            "s3:GetObject",
+            "s3:ListMultipartUploadParts",
+            "s3:PutObject"
+          ],
+          "Effect": "Allow",
+          "Resource": "arn:aws:s3:::images/web-*",
+          "Sid": "Objects"
+        },
+        {
+          "Action": [
+            "ssm:GetParameter",
+            "ssm:PutParameter"
+          ],
+          "Effect": "Allow",
+          "Resource": "arn:aws:ssm:eu-west-1:*:parameter/images/web/latest",
+          "Sid": "Parameters"
+        }
+      ],
+      "Version": "2012-10-17"
+    }
+    "##);
     assert!(stage.aws.requests("").is_empty(), "nothing was asked");
 }
 
@@ -140,7 +199,16 @@ fn the_permissions_that_a_publish_needs() {
 fn what_a_publish_would_meet_is_looked_at_without_making_anything() {
     let stage = Stage::new();
     let said = publish(&stage, ["--check"]).run().succeeded();
-    insta::assert_snapshot!(said);
+    insta::assert_snapshot!(said, @"
+    us-east-1       name                 ok       `web-1` is free
+    us-east-1       bucket               ok       `images` is in us-east-1
+    us-east-1       import role          ok       AWS takes the role `vmimport`
+    us-east-1       upload               unknown  s3:PutObject and the like can't be asked for without an object
+    us-east-1       ec2:RegisterImage    ok       permitted
+    us-east-1       ec2:CreateTags       ok       permitted
+    us-east-1       ec2:DeregisterImage  ok       permitted
+    us-east-1       ec2:DeleteSnapshot   ok       permitted
+    ");
     stage.aws.fault(&json!({ "action": "ec2:RegisterImage", "error": "UnauthorizedOperation" }));
     let ran = publish(&stage, ["--check"]).run();
     assert_eq!(ran.code, Some(7), "{}", ran.stderr);
