@@ -3,6 +3,7 @@
 mod build;
 mod cache;
 mod doctor;
+mod encryption;
 mod init;
 mod plan;
 mod provisioners;
@@ -10,6 +11,7 @@ mod publish;
 mod rehearse;
 mod shell;
 mod terminal;
+mod texts;
 
 use std::io::Write;
 use std::path::PathBuf;

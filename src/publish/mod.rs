@@ -32,7 +32,8 @@ use serde::Serialize;
 use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::event::{Event, Events};
-use crate::recipe::Via;
+pub use crate::recipe::BootMode;
+use crate::recipe::{Ebs, Encryption, Via, Volume};
 use crate::store::Store;
 use client::Clients;
 use failure::Failure;
@@ -56,18 +57,6 @@ pub enum Architecture {
     Arm64,
 }
 
-/// How the image's instances start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum BootMode {
-    /// By a boot sector.
-    LegacyBios,
-    /// By UEFI only.
-    Uefi,
-    /// By UEFI where the instance type has it, else by a boot sector.
-    UefiPreferred,
-}
-
 /// What to publish, and where to.
 #[derive(Debug, Clone)]
 pub struct Request {
@@ -83,7 +72,7 @@ pub struct Request {
     pub image_name: String,
     /// The name has the time in it, so that every publish would have another.
     pub name_varies: bool,
-    /// Words about the image; may be empty.
+    /// Words about the image, placeholders filled in; may be empty.
     pub description: String,
     /// What its instances run on.
     pub arch: Architecture,
@@ -99,10 +88,26 @@ pub struct Request {
     pub imds_v2: bool,
     /// Its root device, e.g. `/dev/xvda`.
     pub root_device: String,
-    /// The type of its root volume, e.g. `gp3`.
-    pub volume_type: String,
-    /// Tags for image and snapshot.
+    /// Its root volume; as large as the disk unless it says otherwise.
+    pub root: Ebs,
+    /// The other volumes of its instances.
+    pub volumes: Vec<Volume>,
+    /// Whether its instances have a TPM 2.0.
+    pub tpm: bool,
+    /// The UEFI variables that its instances start with, in base64.
+    pub uefi_data: Option<String>,
+    /// Whether it says that it has the driver of the Intel 82599 network card (SR-IOV).
+    pub sriov: bool,
+    /// Whether it says that it has the driver of the ENA network card.
+    pub ena: bool,
+    /// How its snapshots are encrypted; none: as the account's settings want it.
+    pub encryption: Option<Encryption>,
+    /// Tags for image and snapshot, placeholders filled in.
     pub tags: BTreeMap<String, String>,
+    /// More tags for snapshots; they win over `tags`.
+    pub snapshot_tags: BTreeMap<String, String>,
+    /// The texts by which images are told apart.
+    pub undated: Undated,
     /// The role that AWS reads the bucket with; [`DEFAULT_ROLE`] without one.
     pub role: Option<String>,
     /// How many parts are sent at once.
@@ -119,6 +124,17 @@ pub struct Request {
     pub block_map: PathBuf,
     /// Where block maps of published snapshots are kept.
     pub store: Option<Store>,
+}
+
+/// Texts whose `{date}` and `{time}` are not filled in: the same disk published again makes no other image for those.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Undated {
+    /// Words about the image; may be empty.
+    pub description: String,
+    /// Tags for image and snapshot.
+    pub tags: BTreeMap<String, String>,
+    /// More tags for snapshots.
+    pub snapshot_tags: BTreeMap<String, String>,
 }
 
 /// An image that can be launched.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::failure::{self, Failure, Kind};
 use super::found::{self, Found};
-use super::{Job, Via, ebs, image, import, upload};
+use super::{Job, Via, ebs, image, import, rules, upload};
 use crate::error::{Error, Exit};
 use crate::event::Event;
 use crate::units::GIB;
@@ -22,6 +22,7 @@ pub(super) fn begins(job: &Job<'_>) -> String {
 /// free, and by S3 the bucket is in the region, and the caller may import from it.
 pub(super) async fn check(job: &Job<'_>) -> Result<Found, Error> {
     disk(&job.request.disk, job.request.size)?;
+    rules::key_fits(job.request, &job.target.region)?;
     let found = Box::pin(found::look(job)).await?;
     if !matches!(found, Found::Image { .. }) {
         name_is_free(job).await?;

@@ -4,15 +4,17 @@
 //! text; whether they exist is for `build` to find out.
 
 pub mod aws;
-mod image_name;
+pub mod encryption;
 mod publish;
 mod read;
 mod reader;
 mod set;
 mod step;
+mod template;
 #[cfg(test)]
 mod tests;
 mod tree;
+pub mod volume;
 mod with;
 
 use std::collections::BTreeMap;
@@ -25,9 +27,11 @@ use crate::error::{Error, Place};
 use crate::provisioners::Provisioner;
 use crate::units::Size;
 
-pub use image_name::{NameError, NamePart, name_parts};
-pub use publish::{BootMode, Imds, Publish, Via, VolumeType};
+pub use encryption::Encryption;
+pub use publish::{BootMode, DEFAULT_ROOT_DEVICE, Imds, Publish, Tpm, Via};
 pub use read::parse;
+pub use template::{Meanings, TemplateError, TextPart, name_parts, text_parts};
+pub use volume::{Ebs, Volume, VolumeKind, VolumeType};
 
 /// What the user asked for, checked as far as that goes without looking at files.
 #[derive(Debug, Clone)]
