@@ -77,7 +77,8 @@ mod tests {
         assert_eq!(encoded(bytes).as_deref(), Some(text));
         assert_eq!(encoded(format!("{text}\n").as_bytes()).as_deref(), Some(text));
         assert_eq!(encoded(b"QU1aTlVFRkkB\nAgMEAAAAAHg=").as_deref(), Some(text));
-        for wrong in [&b""[..], b"_FVH", b"QU1aTlVFRkkBAgMEAAAAAHg", b"QU1aTlVFRkkBAgM$", b"QU1aTlVFRkkB====", b"\xff"] {
+        for wrong in [&b""[..], b"_FVH", b"QU1aTlVFRkkBAgMEAAAAAHg", b"QU1aTlVFRkkBAgM$", b"QU1aTlVFRkkB====", b"\xff"]
+        {
             assert_eq!(encoded(wrong), None, "{wrong:?}");
         }
     }

@@ -27,8 +27,7 @@ impl Texts {
     /// What manifest and command line say, at this moment.
     pub(super) fn of(manifest: &Manifest, image_name: Option<&str>, events: &Events) -> Result<Self, Error> {
         let now = meanings(manifest)?;
-        let undated =
-            Meanings { date: "{date}".to_owned(), time: "{time}".to_owned(), ..now.clone() };
+        let undated = Meanings { date: "{date}".to_owned(), time: "{time}".to_owned(), ..now.clone() };
         let template = image_name.or(manifest.publish.image_name.as_deref()).unwrap_or(IMAGE_NAME);
         let parts = name_parts(template).map_err(|error| refused(Exit::Usage, error))?;
         Ok(Self {

@@ -199,8 +199,7 @@ pub(super) fn settings(request: &Request, region: &str) -> String {
     let Request { digest, name, arch, size, imds_v2, root_device, root, undated, .. } = request;
     let Undated { description, tags, snapshot_tags } = undated;
     let (mode, volume_type) = (boot_mode(request), root.volume_type);
-    let mut all =
-        vec![json!([digest, name, description, arch, size, mode, imds_v2, root_device, volume_type, tags])];
+    let mut all = vec![json!([digest, name, description, arch, size, mode, imds_v2, root_device, volume_type, tags])];
     // What an image doesn't have says nothing: images of earlier kilns have none of it.
     let mut add = |name: &str, value: Option<Value>| all.extend(value.map(|value| json!([name, value])));
     let root = Ebs { size: root.size.filter(|own| own != size), ..root.clone() };
@@ -413,7 +412,8 @@ mod tests {
     #[test]
     fn a_snapshots_own_tags_win_and_tell_its_encryption() {
         let mut request = Request { encryption: keyed("alias/mine"), ..request() };
-        request.tags = [("team", "web"), ("use", "image")].map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+        request.tags =
+            [("team", "web"), ("use", "image")].map(|(key, value)| (key.to_owned(), value.to_owned())).into();
         request.snapshot_tags.insert("use".to_owned(), "snapshot".to_owned());
         let pairs = snapshot_tag_pairs(&request, "eu-west-1");
         let value = |wanted: &str| pairs.iter().find(|(key, _)| key == wanted).map(|(_, value)| value.as_str());
@@ -435,7 +435,8 @@ mod tests {
         assert_eq!(settings(&|r| (r.image_name, r.name_varies, r.parallel) = ("other".to_owned(), true, 9)), same);
         // The root volume is as large as the disk anyway; `{date}` is not filled in.
         assert_eq!(settings(&|r| (r.root.size, r.description) = (Some(4), "2026".to_owned())), same);
-        let elsewhere = Encryption { kms_keys: [("us-east-1".to_owned(), "alias/a".to_owned())].into(), ..Encryption::default() };
+        let elsewhere =
+            Encryption { kms_keys: [("us-east-1".to_owned(), "alias/a".to_owned())].into(), ..Encryption::default() };
         let changes: [&dyn Fn(&mut Request); 21] = [
             &|r| r.digest.push('0'),
             &|r| r.name.push('2'),

@@ -155,10 +155,8 @@ pub(super) fn read(top: &Fields<'_>, name: &str, base: Option<&Base>, disk: &Dis
     let Some(fields) = top.table("publish", "[publish]", &KNOWN) else { return publish };
     publish.span = Some(fields.origin.span.clone());
     (publish.image_name, publish.image_name_span) = split(image_name(&fields, name));
-    publish.description = checked(&fields, "description", |text| {
-        aws::description(&filled(text, name)?).map_err(told)
-    })
-    .map(|found| found.value);
+    publish.description = checked(&fields, "description", |text| aws::description(&filled(text, name)?).map_err(told))
+        .map(|found| found.value);
     regions(&fields, &mut publish);
     (publish.bucket, publish.bucket_span) = split(checked(&fields, "bucket", |text| aws::bucket(text).map_err(told)));
     publish.prefix = checked(&fields, "prefix", prefix).map(|found| found.value);
