@@ -56,7 +56,7 @@ fn fill(manifest: &Manifest, meanings: &Meanings, events: &Events) -> Result<Und
     let text = |template: &str| match text_parts(template) {
         Ok(parts) => Ok(meanings.fill(&parts)),
         Err(mut error) => {
-            error.help.push_str("; `{{` stands for a `{`");
+            error.help.push_str(" (a `{` itself is written `{{`)");
             Err(refused(Exit::Input, error))
         }
     };

@@ -76,7 +76,8 @@ pub(super) async fn plan_in_words(job: &Job<'_>) -> Result<String, Error> {
         None if encrypts => "it is encrypted, so that holes are sent too".to_owned(),
         None => "the rest are holes".to_owned(),
     };
-    Ok(format!("write {}: {bytes} in {count} blocks; {rest}", begins(job)))
+    let encryption = rules::encryption_in_words(job.request, &job.target.region);
+    Ok(format!("write {}{encryption}: {bytes} in {count} blocks; {rest}", begins(job)))
 }
 
 /// Makes the snapshot, or goes on with one that an earlier run of this disk has begun. What was begun stays in `journal`.

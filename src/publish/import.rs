@@ -54,8 +54,12 @@ pub(super) fn begins(job: &Job<'_>) -> String {
 pub(super) fn plan_in_words(job: &Job<'_>) -> String {
     let target = &job.target;
     format!(
-        "import s3://{}/{} into a snapshot in {} by the role {}",
-        target.bucket, target.key, target.region, target.role
+        "import s3://{}/{} into a snapshot in {} by the role {}{}",
+        target.bucket,
+        target.key,
+        target.region,
+        target.role,
+        rules::encryption_in_words(job.request, &target.region)
     )
 }
 

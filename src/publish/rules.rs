@@ -127,6 +127,15 @@ pub(super) fn encryption(request: &Request, region: &str) -> Option<String> {
     })
 }
 
+/// The encryption that is asked for, as the end of a sentence about a snapshot in `region`; may be empty.
+pub(super) fn encryption_in_words(request: &Request, region: &str) -> String {
+    match (&request.encryption, kms_key(request, region)) {
+        (None, _) => String::new(),
+        (Some(_), None) => ", encrypted with the account's default key".to_owned(),
+        (Some(_), Some(key)) => format!(", encrypted with {key}"),
+    }
+}
+
 /// The size of the root volume in GiB.
 pub(super) fn root_size(request: &Request) -> u64 {
     request.root.size.unwrap_or(request.size)

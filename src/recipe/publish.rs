@@ -213,7 +213,7 @@ fn image_name(fields: &Fields<'_>, name: &str) -> Option<Found<String>> {
 /// The shortest text that a template can become.
 fn filled(template: &str, name: &str) -> Result<String, Refusal> {
     let parts = template::text_parts(template).map_err(|mut error| {
-        error.help.push_str("; `{{` stands for a `{`");
+        error.help.push_str(" (a `{` itself is written `{{`)");
         wrong(error)
     })?;
     Ok(Meanings::shortest(name).fill(&parts))

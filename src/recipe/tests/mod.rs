@@ -2,6 +2,7 @@
 
 mod refusals;
 mod refused_steps;
+mod refused_volumes;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
