@@ -284,8 +284,8 @@ fn start_failed(job: &Job<'_>, failure: Failure) -> Error {
         return job.error(failure);
     }
     job.error(failure).with_note(format!("the snapshot was to be encrypted with {key}")).help(format!(
-        "the key must be a symmetric, enabled key in {}, and its policy must let you use it: kms:CreateGrant, kms:DescribeKey, \
-         kms:GenerateDataKeyWithoutPlaintext, kms:ReEncrypt*; and allow `ebs:StartSnapshot` and `ec2:CreateTags`",
+        "the key must be a symmetric, enabled key in {}, and its policy must let you use it: kms:CreateGrant, kms:Decrypt, \
+         kms:DescribeKey, kms:GenerateDataKey*, kms:ReEncrypt*; allow `ebs:StartSnapshot` and `ec2:CreateTags` as well",
         job.target.region
     ))
 }

@@ -332,7 +332,7 @@ fn a_key_that_can_not_be_used_is_named() {
     error: AWS refused StartSnapshot: ValidationException: The KMS key arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab does not exist or cannot be used
      |
      = the snapshot was to be encrypted with arn:aws:kms:us-east-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab
-    help: the key must be a symmetric, enabled key in us-east-1, and its policy must let you use it: kms:CreateGrant, kms:DescribeKey, kms:GenerateDataKeyWithoutPlaintext, kms:ReEncrypt*; and allow `ebs:StartSnapshot` and `ec2:CreateTags`
+    help: the key must be a symmetric, enabled key in us-east-1, and its policy must let you use it: kms:CreateGrant, kms:Decrypt, kms:DescribeKey, kms:GenerateDataKey*, kms:ReEncrypt*; allow `ebs:StartSnapshot` and `ec2:CreateTags` as well
     ");
 }
 
