@@ -292,6 +292,12 @@ pub struct Publish {
     /// Stop all regions when one fails
     #[arg(long)]
     pub fail_fast: bool,
+    /// Encrypt the snapshots, whatever the recipe says
+    #[arg(long)]
+    pub encrypted: bool,
+    /// KMS key to encrypt them with, everywhere or in one region: an ARN, or unless by EBS direct an id or alias
+    #[arg(long, value_name = "[REGION=]KEY")]
+    pub kms_key: Vec<String>,
     /// How many parts are uploaded at once
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=32))]
     pub parallel: u8,

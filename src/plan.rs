@@ -7,7 +7,7 @@ use sha2::{Digest as _, Sha256};
 use crate::disk::WhyNot;
 use crate::error::{Error, Exit};
 use crate::recipe::{Arch, Boot, Network, Recipe};
-use crate::units::{Size, hex};
+use crate::units::{GIB, Size, hex};
 
 /// The version of what layers hold and of how their keys are made. It is part of every key.
 const LAYERS: &str = "2";
@@ -132,6 +132,7 @@ impl Plan {
                 .help("use network = \"open\", or network = \"none\" with everything copied in"));
         }
         let (disk_size, boot) = (disk_size(recipe, facts)?, boot_path(recipe, facts)?);
+        refuse_root_volume(recipe, disk_size)?;
         let layers = layers(recipe, facts, disk_size, &boot);
         Ok(Self { disk_size, boot, layers })
     }
@@ -203,6 +204,21 @@ fn disk_size(recipe: &Recipe, facts: &Facts) -> Result<Size, Error> {
     Ok(size)
 }
 
+/// What EBS would not take of the root volume, now that the disk's size is known.
+fn refuse_root_volume(recipe: &Recipe, disk: Size) -> Result<(), Error> {
+    let (root, spans) = (&recipe.publish.root, &recipe.publish.root_spans);
+    let disk = disk.bytes() / GIB;
+    let size = root.size.unwrap_or(disk);
+    if size < disk {
+        let error = Error::new(Exit::Input, format!("the root volume's {size} GiB are fewer than the disk's {disk}"));
+        return Err(at(recipe, error, spans.size.as_ref()).help(format!("use volume_size = \"{disk}GiB\" or more")));
+    }
+    root.check_root(Some(size)).map_err(|bad| {
+        let span = spans.of(bad.setting).or(recipe.disk.span.as_ref());
+        at(recipe, Error::new(Exit::Input, bad.refusal.message), span).help(bad.refusal.help)
+    })
+}
+
 fn boot_path(recipe: &Recipe, facts: &Facts) -> Result<BootPath, Error> {
     match (recipe.machine.boot, &facts.direct) {
         (Boot::Firmware, _) => Ok(BootPath::Firmware { reason: "the recipe asks for it".to_owned() }),
@@ -218,7 +234,6 @@ fn boot_path(recipe: &Recipe, facts: &Facts) -> Result<BootPath, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::GIB;
     use std::path::Path;
 
     fn recipe(more: &str) -> Recipe {

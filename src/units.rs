@@ -130,6 +130,18 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
+/// Bytes as base64, with padding (RFC 4648).
+#[must_use]
+pub fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let group = |chunk: &[u8]| {
+        let bits = (0..3).fold(0, |bits, at| bits << 8 | usize::from(chunk.get(at).copied().unwrap_or(0)));
+        let digit = |at: usize| if at <= chunk.len() { char::from(DIGITS[bits >> (18 - 6 * at) & 63]) } else { '=' };
+        [digit(0), digit(1), digit(2), digit(3)]
+    };
+    bytes.chunks(3).flat_map(group).collect()
+}
+
 /// A duration as people say it: `0.4 s`, `12.3 s`, `3 min 04 s`.
 #[must_use]
 pub fn show_duration(duration: Duration) -> String {
@@ -153,6 +165,13 @@ fn split<'a>(text: &'a str, example: &'static str) -> Result<(u64, &'a str), Par
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn base64_is_that_of_the_rfc() {
+        let texts = ["", "f", "fo", "foo", "foob", "fooba", "foobar"].map(|text| base64(text.as_bytes()));
+        assert_eq!(texts, ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg==", "Zm9vYmE=", "Zm9vYmFy"]);
+        assert_eq!(base64(&[0xfb, 0xff, 0xfe]), "+//+");
+    }
 
     #[test]
     fn sizes_parse_in_powers_of_1024() {

@@ -13,6 +13,7 @@ use crate::store::Store;
 pub(super) fn finished(
     recipe: &Recipe,
     inputs: &[Inputs],
+    publish: &PublishFacts,
     request: &Request,
     store: &Store,
     events: &Events,
@@ -27,7 +28,7 @@ pub(super) fn finished(
     let Some(base) = store.imported(&from_home(path), recipe.base.digest.as_ref(), cancel)? else { return Ok(None) };
     let (plan, ..) = make_plan(recipe, &base, inputs)?;
     let same = plan.layers.iter().all(|layer| layer.cached)
-        && manifest.artifact == artifact_key(recipe, &plan)
+        && manifest.artifact == artifact_key(recipe, &plan, publish)
         && folder.join(DISK).is_file();
     if !same {
         return Ok(None);
@@ -41,11 +42,11 @@ pub(super) fn finished(
 }
 
 /// What an output folder depends on. Sums of its disk are not among it: they are added to a folder that lacks them.
-pub(super) fn artifact_key(recipe: &Recipe, plan: &Plan) -> String {
+pub(super) fn artifact_key(recipe: &Recipe, plan: &Plan, publish: &PublishFacts) -> String {
     let part = |name: &str, value: String| (name.to_owned(), value);
     let keep: Vec<_> = recipe.seal.keep.iter().map(|keep| keep.as_str()).collect();
     let tests = serde_json::to_string(&TestFacts::of(recipe)).unwrap_or_default();
-    let publish = serde_json::to_string(&PublishFacts::of(recipe)).unwrap_or_default();
+    let publish = serde_json::to_string(publish).unwrap_or_default();
     plan::digest(&plan::Parts::from([
         part("layer", plan.layers.last().map(|layer| layer.key.clone()).unwrap_or_default()),
         part("name", recipe.name.clone()),

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest as _, Sha256};
 
+use super::uefi_data;
 use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
 use crate::plan::Parts;
@@ -25,8 +26,9 @@ pub(super) struct Inputs {
     pub(super) parts: Parts,
 }
 
-/// Reads what all steps take in.
+/// Reads what all steps take in. What else the recipe names is looked at as well, so that a mistake is told at once.
 pub(super) fn read(recipe: &Recipe, epoch: Option<u64>, cancel: &Cancel) -> Result<Vec<Inputs>, Error> {
+    uefi_data::read(recipe)?;
     recipe.steps.iter().map(|step| read_step(recipe, step, epoch, cancel)).collect()
 }
 
@@ -79,7 +81,7 @@ pub(super) fn environment(recipe: &Recipe, step: &Step) -> BTreeMap<String, Stri
     env
 }
 
-fn plain(error: &io::Error) -> String {
+pub(super) fn plain(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::NotFound => "no such file or folder".to_owned(),
         io::ErrorKind::PermissionDenied => "permission denied".to_owned(),

@@ -5,8 +5,9 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::uefi_data;
 use crate::error::{Error, Exit};
-use crate::recipe::{Recipe, Via, VolumeType};
+use crate::recipe::{Ebs, Encryption, Recipe, Tpm, Via, Volume};
 
 /// The version of this format. A change that breaks readers raises it.
 pub const SCHEMA: u32 = 1;
@@ -135,7 +136,7 @@ pub struct TestFacts {
 pub struct PublishFacts {
     /// Template of the image's name.
     pub image_name: Option<String>,
-    /// Words about the image.
+    /// Template of words about the image.
     pub description: Option<String>,
     /// Regions.
     pub regions: Vec<String>,
@@ -149,10 +150,10 @@ pub struct PublishFacts {
     pub imds: String,
     /// The root device.
     pub root_device: Option<String>,
-    /// The root volume's type. Early manifests don't have it.
-    #[serde(default = "default_volume_type")]
-    pub volume_type: String,
-    /// Tags.
+    /// The root volume. Early manifests don't have its type.
+    #[serde(flatten)]
+    pub root: Ebs,
+    /// Tags: templates of their values.
     pub tags: BTreeMap<String, String>,
     /// The importing role.
     pub role: Option<String>,
@@ -162,6 +163,27 @@ pub struct PublishFacts {
     /// What is done with the image once it is there. Early manifests don't have it.
     #[serde(default)]
     pub release: ReleaseFacts,
+    /// `v2.0`, or none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpm: Option<String>,
+    /// The UEFI variables that instances start with, as AWS has them: base64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uefi_data: Option<String>,
+    /// Whether the image has the driver of the Intel 82599 network card.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sriov: bool,
+    /// Whether the image has the driver of the ENA network card; none: it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ena: Option<bool>,
+    /// The other volumes of instances.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<Volume>,
+    /// How snapshots are encrypted; none: as the account's settings want it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encryption: Option<Encryption>,
+    /// More tags for snapshots: templates of their values.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub snapshot_tags: BTreeMap<String, String>,
 }
 
 /// What `[publish]` says of an image that is there.
@@ -184,16 +206,14 @@ fn default_via() -> String {
     Via::default().as_str().to_owned()
 }
 
-fn default_volume_type() -> String {
-    VolumeType::default().as_str().to_owned()
-}
-
 impl PublishFacts {
-    /// What `recipe` says of publishing.
-    #[must_use]
-    pub fn of(recipe: &Recipe) -> Self {
+    /// What `recipe` says of publishing, with the UEFI variables that it names.
+    ///
+    /// # Errors
+    /// When those can't be read, or are none.
+    pub fn read(recipe: &Recipe) -> Result<Self, Error> {
         let publish = &recipe.publish;
-        Self {
+        Ok(Self {
             image_name: publish.image_name.clone(),
             description: publish.description.clone(),
             regions: publish.regions.clone(),
@@ -202,7 +222,7 @@ impl PublishFacts {
             boot_mode: publish.boot_mode.map(|mode| mode.as_str().to_owned()),
             imds: publish.imds.unwrap_or_default().as_str().to_owned(),
             root_device: publish.root_device.clone(),
-            volume_type: publish.volume_type.as_str().to_owned(),
+            root: publish.root.clone(),
             tags: publish.tags.clone(),
             role: publish.role.clone(),
             via: publish.via.as_str().to_owned(),
@@ -213,7 +233,14 @@ impl PublishFacts {
                 protection: publish.release.protection.as_str().to_owned(),
                 parameter: publish.release.parameter.clone(),
             },
-        }
+            tpm: publish.tpm.then(|| Tpm::V2.as_str().to_owned()),
+            uefi_data: uefi_data::read(recipe)?,
+            sriov: publish.sriov,
+            ena: publish.ena,
+            volumes: publish.volumes.clone(),
+            encryption: publish.encryption.clone(),
+            snapshot_tags: publish.snapshot_tags.clone(),
+        })
     }
 }
 

@@ -17,6 +17,7 @@ mod shell;
 mod steps;
 pub(crate) mod testing;
 mod turns;
+mod uefi_data;
 mod verify;
 
 use std::collections::BTreeMap;
@@ -121,7 +122,8 @@ fn build_recipe(
     if request.verify {
         verify::base(recipe, store, events, cancel)?;
     }
-    if let Some(artifact) = finished(recipe, inputs, request, store, events, cancel)? {
+    let publish = PublishFacts::read(recipe)?;
+    if let Some(artifact) = finished(recipe, inputs, &publish, request, store, events, cancel)? {
         return Ok(artifact);
     }
     let (host, accelerator) = match &beside {
@@ -153,7 +155,7 @@ fn build_recipe(
         network_up: false,
         keyboard: false,
     };
-    let job = Job { request, base: &base, store, root, growth, inputs, recorder: &recorder };
+    let job = Job { request, base: &base, store, root, growth, inputs, publish, recorder: &recorder };
     let alone = beside.is_none();
     match job.run(session, &pending, beside) {
         Ok(manifest) => {
@@ -369,6 +371,7 @@ struct Job<'a> {
     root: String,
     growth: Growth,
     inputs: &'a [Inputs],
+    publish: PublishFacts,
     recorder: &'a Recorder,
 }
 
@@ -516,7 +519,7 @@ impl Job<'_> {
         };
         Ok(Manifest {
             schema: SCHEMA,
-            artifact: artifact_key(recipe, session.plan),
+            artifact: artifact_key(recipe, session.plan, &self.publish),
             name: recipe.name.clone(),
             description: recipe.description.clone(),
             arch: recipe.base.arch.as_str().to_owned(),
@@ -550,7 +553,7 @@ impl Job<'_> {
             phases: self.recorder.phases(),
             packages: export.packages.clone().unwrap_or(packages),
             tests: TestFacts::of(recipe),
-            publish: PublishFacts::of(recipe),
+            publish: self.publish.clone(),
         })
     }
 }

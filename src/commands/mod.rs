@@ -5,6 +5,7 @@ mod build;
 mod cache;
 mod copy;
 mod doctor;
+mod encryption;
 mod images;
 mod init;
 mod plan;
@@ -17,6 +18,7 @@ mod shell;
 mod sweep;
 mod table;
 mod terminal;
+mod texts;
 
 use std::io::Write;
 use std::path::PathBuf;

@@ -5,19 +5,21 @@ use std::fs::{File, Permissions};
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use kiln::build;
 use kiln::build::manifest::{BLOCKS, DISK, Manifest};
 use kiln::cli::{self, Publish};
 use kiln::error::{Error, Exit};
-use kiln::event::{Event, Events};
+use kiln::event::Events;
 use kiln::publish::{self, Architecture, BootMode, Checked, Ended, How, Published, Request, Verdict};
-use kiln::recipe::{self, NamePart, Protection, Release, Via, aws, name_parts};
+use kiln::recipe::{self, DEFAULT_ROOT_DEVICE, Protection, Release, Via, aws};
 use kiln::store::Store;
 use kiln::units::GIB;
 use serde_json::{Value, json};
 
+use super::encryption::encryption;
+use super::texts::{self, Texts};
 use super::{Context, duration};
 
 /// How often a running import is looked at. AWS takes minutes for one.
@@ -166,26 +168,32 @@ fn remember(folder: &Path, image: &Value) -> io::Result<()> {
 
 fn request(manifest: &Manifest, arguments: &Publish, store: Option<Store>, events: &Events) -> Result<Request, Error> {
     let facts = &manifest.publish;
-    let template =
-        arguments.image_name.as_deref().or(facts.image_name.as_deref()).unwrap_or("{name}-{date}-{digest:8}");
+    let texts = Texts::of(manifest, arguments.image_name.as_deref(), events)?;
     Ok(Request {
         disk: arguments.outdir.join(DISK),
         size: manifest.size / GIB,
         digest: manifest.digest.clone(),
         name: manifest.name.clone(),
-        image_name: filled(template, manifest)?,
-        name_varies: name_parts(template)
-            .is_ok_and(|parts| parts.iter().any(|part| matches!(part, NamePart::Date | NamePart::Time))),
-        description: description(manifest, events),
+        image_name: texts.image_name,
+        name_varies: texts.name_varies,
+        description: texts.filled.description,
         arch: if manifest.arch == "aarch64" { Architecture::Arm64 } else { Architecture::X86_64 },
         regions: regions(manifest, arguments)?,
         bucket: arguments.bucket.clone().or_else(|| facts.bucket.clone()),
         prefix: facts.prefix.clone().unwrap_or_default(),
         boot_mode: boot_mode(facts.boot_mode.as_deref(), &manifest.boot_modes)?,
         imds_v2: facts.imds != "v1.0",
-        root_device: facts.root_device.clone().unwrap_or_else(|| "/dev/xvda".to_owned()),
-        volume_type: facts.volume_type.clone(),
-        tags: facts.tags.clone(),
+        root_device: facts.root_device.clone().unwrap_or_else(|| DEFAULT_ROOT_DEVICE.to_owned()),
+        root: facts.root.clone(),
+        volumes: facts.volumes.clone(),
+        tpm: facts.tpm.is_some(),
+        uefi_data: facts.uefi_data.clone(),
+        sriov: facts.sriov,
+        ena: facts.ena.unwrap_or(true),
+        encryption: encryption(facts.encryption.as_ref(), arguments),
+        tags: texts.filled.tags,
+        snapshot_tags: texts.filled.snapshot_tags,
+        undated: texts.undated,
         role: facts.role.clone(),
         parallel: arguments.parallel.into(),
         poll: poll()?,
@@ -240,7 +248,7 @@ fn release(manifest: &Manifest, arguments: &Publish) -> Result<Release, Error> {
     let parameter = match arguments.parameter.as_ref().or(facts.parameter.as_ref()) {
         Some(template) => {
             recipe::parameter(template).map_err(usage)?;
-            Some(filled(template, manifest)?)
+            Some(texts::filled(template, manifest)?)
         }
         None => None,
     };
@@ -256,23 +264,6 @@ fn release(manifest: &Manifest, arguments: &Publish) -> Result<Release, Error> {
         protection,
         parameter,
     })
-}
-
-/// [publish]'s own, or what the recipe says of itself: that is free text, and AWS may not take it.
-fn description(manifest: &Manifest, events: &Events) -> String {
-    if let Some(words) = &manifest.publish.description {
-        return words.clone();
-    }
-    match aws::description(&manifest.description) {
-        Ok(()) => manifest.description.clone(),
-        Err(refusal) => {
-            events.emit(Event::Warning {
-                message: format!("the image gets no description: {}", refusal.message),
-                help: Some(format!("{}; set another as `description` in the recipe's [publish]", refusal.help)),
-            });
-            String::new()
-        }
-    }
 }
 
 /// Tests look more often than AWS could bear.
@@ -301,31 +292,6 @@ fn boot_mode(wanted: Option<&str>, disk: &[String]) -> Result<BootMode, Error> {
             Err(Error::new(Exit::Input, message).help(help))
         }
     }
-}
-
-/// A template with its placeholders filled in.
-fn filled(template: &str, manifest: &Manifest) -> Result<String, Error> {
-    let parts = name_parts(template).map_err(|error| {
-        let failure = Error::new(Exit::Usage, error.message);
-        match error.help {
-            Some(help) => failure.help(help),
-            None => failure,
-        }
-    })?;
-    let now = jiff::Timestamp::try_from(SystemTime::now())
-        .map_err(|error| Error::new(Exit::Host, format!("the host's clock is wrong: {error}")))?;
-    let time = |format: &str| now.strftime(format).to_string();
-    Ok(parts
-        .iter()
-        .map(|part| match part {
-            NamePart::Text(text) => (*text).to_owned(),
-            NamePart::Name => manifest.name.clone(),
-            NamePart::Date => time("%Y-%m-%d"),
-            NamePart::Time => time("%H%M%S"),
-            NamePart::Digest(length) => manifest.digest.chars().take(*length).collect(),
-            NamePart::Version => env!("CARGO_PKG_VERSION").to_owned(),
-        })
-        .collect())
 }
 
 #[cfg(test)]

@@ -76,7 +76,8 @@ pub(super) async fn plan_in_words(job: &Job<'_>) -> Result<String, Error> {
         None if encrypts => "it is encrypted, so that holes are sent too".to_owned(),
         None => "the rest are holes".to_owned(),
     };
-    Ok(format!("write {}: {bytes} in {count} blocks; {rest}", begins(job)))
+    let encryption = rules::encryption_in_words(job.request, &job.target.region);
+    Ok(format!("write {}{encryption}: {bytes} in {count} blocks; {rest}", begins(job)))
 }
 
 /// Makes the snapshot, or goes on with one that an earlier run of this disk has begun. What was begun stays in `journal`.
@@ -153,8 +154,9 @@ struct Parent {
     map: BlockMap,
 }
 
-/// The newest snapshot of an earlier disk of this recipe that can be a parent: as large, with its block map at hand, and
-/// encrypted if new snapshots are (`encrypts`), because AWS takes no other then.
+/// The newest snapshot of an earlier disk of this recipe that can be a parent: as large, with its block map at hand,
+/// encrypted if new snapshots are (`encrypts`), because AWS takes no other then, and with the key that is asked for, because
+/// what is built on it has its key.
 async fn parent(job: &Job<'_>, map: &BlockMap, encrypts: bool) -> Result<Option<Parent>, Error> {
     let of_recipe = found::snapshots(job, rules::NAME_TAG, &job.request.name);
     let answer = job.stop.or("earlier snapshots", of_recipe).await?;
@@ -163,11 +165,11 @@ async fn parent(job: &Job<'_>, map: &BlockMap, encrypts: bool) -> Result<Option<
         snapshot.state() == Some(&SnapshotState::Completed)
             && snapshot.storage_tier() != Some(&StorageTier::Archive)
             && (snapshot.encrypted() == Some(true) || !encrypts)
+            && found::is_encrypted_as_asked(job, snapshot)
     });
     snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.start_time().map(DateTime::secs)));
     for snapshot in snapshots {
-        let digest =
-            snapshot.tags().iter().find(|tag| tag.key() == Some(rules::DIGEST_TAG)).and_then(|tag| tag.value());
+        let digest = found::tag(snapshot.tags(), rules::DIGEST_TAG);
         // A map that is damaged has another digest.
         if let (Some(id), Some(digest)) = (snapshot.snapshot_id(), digest)
             && let Some(known) = known_map(job, id)
@@ -180,8 +182,12 @@ async fn parent(job: &Job<'_>, map: &BlockMap, encrypts: bool) -> Result<Option<
     Ok(None)
 }
 
-/// Whether this account's new snapshots are encrypted; who may not ask is told by the snapshot itself.
+/// Whether new snapshots are encrypted, because that is asked for or because this account does so; who may not look is told
+/// by the snapshot itself.
 async fn encrypts(job: &Job<'_>) -> Result<bool, Error> {
+    if job.request.encryption.is_some() {
+        return Ok(true);
+    }
     let call = job.clients.ec2.get_ebs_encryption_by_default();
     let answer = job.stop.or("whether snapshots are encrypted", call.send()).await?;
     Ok(answer.is_ok_and(|answer| answer.ebs_encryption_by_default() == Some(true)))
@@ -204,7 +210,8 @@ async fn take_up(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Optio
     let parent = begun.parent.as_ref().map(|parent| known_map(job, parent));
     if let (Some(SnapshotState::Pending | SnapshotState::Completed), None | Some(Some(_))) = (&state, &parent) {
         let blocks = blocks(map, parent.flatten().as_ref(), begun.encrypted);
-        if begun.digest == job.request.digest && begun.blocks == digest_of(&blocks) {
+        let alike = begun.digest == job.request.digest && begun.encryption == asked_encryption(job);
+        if alike && begun.blocks == digest_of(&blocks) {
             job.events.note(format!("going on with {}, which an earlier publish has begun", begun.snapshot));
             undo.will_make(Made::Snapshot { id: Some(begun.snapshot.clone()) });
             if state == Some(SnapshotState::Completed) {
@@ -259,7 +266,7 @@ async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Result<
                 parent = None;
             }
             (Err(failure), _) if failure.is_denied() || !failure.may_be_done() => return Ok(Err(failure)),
-            (Err(failure), _) => return Err(job.error(failure)),
+            (Err(failure), _) => return Err(start_failed(job, failure)),
         }
     };
     job.events.detail(format!("snapshot {snapshot}"));
@@ -269,9 +276,27 @@ async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Result<
         digest: job.request.digest.clone(),
         parent: parent.map(|parent| parent.snapshot),
         encrypted,
+        encryption: asked_encryption(job),
         blocks: digest_of(&blocks),
     };
     Ok(Ok((Journal::begin(&job.request.disk, &job.target.region, begun), blocks)))
+}
+
+fn asked_encryption(job: &Job<'_>) -> Option<String> {
+    rules::encryption(job.request, &job.target.region)
+}
+
+/// AWS looks at the key at once, and may call one that it can't use by another name.
+fn start_failed(job: &Job<'_>, failure: Failure) -> Error {
+    let Some(key) = rules::kms_key(job.request, &job.target.region) else { return job.error(failure) };
+    if failure.is_passing() {
+        return job.error(failure);
+    }
+    job.error(failure).with_note(format!("the snapshot was to be encrypted with {key}")).help(format!(
+        "the key must be a symmetric, enabled key in {}, and its policy must let you use it: kms:CreateGrant, kms:Decrypt, \
+         kms:DescribeKey, kms:GenerateDataKey*, kms:ReEncrypt*; allow `ebs:StartSnapshot` and `ec2:CreateTags` as well",
+        job.target.region
+    ))
 }
 
 /// A digest of what is sent, and where to.
@@ -284,13 +309,17 @@ fn digest_of(blocks: &[(u64, Digest)]) -> String {
 
 /// The snapshot's id, and whether it is encrypted.
 async fn send_start(job: &Job<'_>, parent: Option<&str>) -> Result<(String, bool), Failure> {
-    let mut tags = rules::tag_pairs(job.request);
+    let mut tags = rules::snapshot_tag_pairs(job.request, &job.target.region);
     tags.push((import::RUN_TAG.to_owned(), job.target.run.clone()));
     let tags = tags.into_iter().map(|(key, value)| Tag::builder().key(key).value(value).build()).collect();
+    // A parent's key is the snapshot's: AWS takes no word about encryption next to it.
+    let asked = job.request.encryption.as_ref().filter(|_| parent.is_none());
     let call = job
         .clients
         .ebs
         .start_snapshot()
+        .set_encrypted(asked.map(|_| true))
+        .set_kms_key_arn(asked.and_then(|asked| asked.key(&job.target.region)).map(str::to_owned))
         .volume_size(i64::try_from(job.request.size).unwrap_or(i64::MAX))
         .description(format!("{} {}", job.request.image_name, job.request.digest))
         .set_parent_snapshot_id(parent.map(str::to_owned))
@@ -300,7 +329,7 @@ async fn send_start(job: &Job<'_>, parent: Option<&str>) -> Result<(String, bool
         .customize()
         .config_override(ebs_once());
     let answer = call.send().await.map_err(job.clients.failed("ebs:StartSnapshot"))?;
-    let encrypted = answer.kms_key_arn().is_some();
+    let encrypted = answer.kms_key_arn().is_some() || job.request.encryption.is_some();
     let id =
         answer.snapshot_id.ok_or_else(|| Failure::found("ebs:StartSnapshot", "the answer has no id".to_owned()))?;
     Ok((id, encrypted))

@@ -33,8 +33,9 @@ pub(super) async fn look(job: &Job<'_>) -> Result<Found, Error> {
     }
     let same = snapshots(job, rules::DIGEST_TAG, &job.request.digest);
     let snapshots = may_look(job, "snapshots", job.stop.or("the snapshots of this disk", same).await?)?;
-    if let Some(id) = snapshots.iter().find_map(|snapshot| whole(job, snapshot)) {
-        return Ok(Found::Snapshot { id });
+    let fits = |snapshot: &&Snapshot| is_whole(job, snapshot) && is_encrypted_as_asked(job, snapshot);
+    if let Some(id) = snapshots.iter().find(fits).and_then(Snapshot::snapshot_id) {
+        return Ok(Found::Snapshot { id: id.to_owned() });
     }
     if job.request.via == Via::Ebs || matches!(job.source, Source::Copy(_)) {
         return Ok(Found::Nothing);
@@ -58,7 +59,7 @@ fn tagged(key: &str, value: &str) -> Filter {
 }
 
 async fn images(job: &Job<'_>) -> Result<Vec<Image>, Failure> {
-    let same = tagged(rules::SETTINGS_TAG, &rules::settings(job.request));
+    let same = tagged(rules::SETTINGS_TAG, &rules::settings(job.request, &job.target.region));
     let answer = job.clients.ec2.describe_images().owners("self").filters(same).send().await;
     Ok(answer.map_err(job.clients.failed("ec2:DescribeImages"))?.images.unwrap_or_default())
 }
@@ -73,7 +74,7 @@ fn alike(job: &Job<'_>, image: &Image) -> Option<Found> {
     Some(Found::Image(super::Image {
         id: image.image_id()?.to_owned(),
         name: image.name()?.to_owned(),
-        snapshot: image::snapshots(image).next()?.to_owned(),
+        snapshot: image::root_snapshot(image)?.to_owned(),
     }))
 }
 
@@ -90,17 +91,31 @@ pub(super) async fn snapshot(job: &Job<'_>, id: &str) -> Result<Snapshot, Failur
     answer.snapshots.unwrap_or_default().into_iter().next().ok_or_else(|| Failure::absent("ec2:DescribeSnapshots"))
 }
 
-fn whole(job: &Job<'_>, snapshot: &Snapshot) -> Option<String> {
+fn is_whole(job: &Job<'_>, snapshot: &Snapshot) -> bool {
     let size = snapshot.volume_size().and_then(|size| u64::try_from(size).ok());
-    let whole = snapshot.state() == Some(&SnapshotState::Completed) && size == Some(job.request.size);
-    snapshot.snapshot_id().filter(|_| whole).map(str::to_owned)
+    snapshot.state() == Some(&SnapshotState::Completed) && size == Some(job.request.size)
+}
+
+/// Whether a snapshot of kiln's was made with the encryption that is asked for now: with that key, or without a word of it.
+pub(super) fn is_encrypted_as_asked(job: &Job<'_>, snapshot: &Snapshot) -> bool {
+    let asked = rules::encryption(job.request, &job.target.region);
+    tag(snapshot.tags(), rules::ENCRYPTION_TAG) == asked.as_deref()
+        && (asked.is_none() || snapshot.encrypted() == Some(true))
+}
+
+/// The value of a tag.
+pub(super) fn tag<'a>(tags: &'a [Tag], key: &str) -> Option<&'a str> {
+    tags.iter().find(|tag| tag.key() == Some(key))?.value()
 }
 
 /// An import of the disk that runs, or whose snapshot is there.
 async fn task(job: &Job<'_>) -> Result<Option<Found>, Failure> {
-    let digest = Some(job.request.digest.as_str());
-    let of_disk = |tag: &Tag| tag.key() == Some(rules::DIGEST_TAG) && tag.value() == digest;
-    for task in import::all(job).await?.iter().filter(|task| task.tags().iter().any(of_disk)) {
+    let asked = rules::encryption(job.request, &job.target.region);
+    let alike = |task: &&ImportSnapshotTask| {
+        tag(task.tags(), rules::DIGEST_TAG) == Some(job.request.digest.as_str())
+            && tag(task.tags(), rules::ENCRYPTION_TAG) == asked.as_deref()
+    };
+    for task in import::all(job).await?.iter().filter(alike) {
         if is_useful(job, task).await?
             && let Some(id) = task.import_task_id()
         {
@@ -123,7 +138,8 @@ async fn is_useful(job: &Job<'_>, task: &ImportSnapshotTask) -> Result<bool, Fai
         State::Failed { .. } => Ok(false),
         // AWS remembers tasks longer than people keep snapshots.
         State::Done { snapshot: id } => match snapshot(job, &id).await {
-            Ok(snapshot) => Ok(whole(job, &snapshot).is_some()),
+            // Its own tags may not be there yet.
+            Ok(snapshot) => Ok(is_whole(job, &snapshot)),
             Err(failure) if failure.is_not_found() => Ok(false),
             Err(failure) => Err(failure),
         },

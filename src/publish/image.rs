@@ -2,17 +2,19 @@
 
 use std::time::Duration;
 
+use aws_sdk_ec2::types::builders::EbsBlockDeviceBuilder;
 use aws_sdk_ec2::types::{
     ArchitectureValues, BlockDeviceMapping, BootModeValues, EbsBlockDevice, Filter, Image, ImageState,
-    ImdsSupportValues, ResourceType, Tag, TagSpecification,
+    ImdsSupportValues, ResourceType, Tag, TagSpecification, TpmSupportValues,
 };
 use tokio::time::Instant;
 
 use super::failure::{Failure, duplicate_name, tidy};
 use super::retry::{Try, ec2_once};
 use super::undo::{Made, Undo};
-use super::{Architecture, BootMode, Job, import, rules};
+use super::{Architecture, BootMode, Job, Request, import, rules};
 use crate::error::{Error, Exit};
+use crate::recipe::{Ebs, Volume, VolumeKind};
 
 /// Images get ready in seconds: no need to wait as long as between two looks at an import.
 const LOOK: Duration = Duration::from_secs(5);
@@ -23,17 +25,40 @@ pub(super) fn begins(job: &Job<'_>) -> String {
 
 pub(super) fn plan_in_words(job: &Job<'_>) -> String {
     let request = job.request;
+    let has = [
+        (request.ena, "ENA"),
+        (request.sriov, "SR-IOV"),
+        (request.imds_v2, "IMDS v2.0"),
+        (request.tpm, "TPM v2.0"),
+        (request.uefi_data.is_some(), "UEFI variables"),
+    ];
+    let has: String = has.iter().filter(|(has, _)| *has).map(|(_, what)| format!(", {what}")).collect();
+    let volumes: String = request.volumes.iter().map(|volume| format!("; {}", added_in_words(volume))).collect();
     format!(
-        "register {}: {}, boot mode {}, hvm, ENA{}, root {} on {} of {} GiB, deleted with the instance; tags {}",
+        "register {}: {}, boot mode {}, hvm{has}, root {} on {}{volumes}; tags {}",
         begins(job),
         architecture(request.arch),
         boot_mode(rules::boot_mode(request)),
-        if request.imds_v2 { ", IMDS v2.0" } else { "" },
         request.root_device,
-        request.volume_type,
-        request.size,
+        ebs_in_words(&request.root, Some(rules::root_size(request))),
         rules::tag_pairs(request).iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(", "),
     )
+}
+
+fn ebs_in_words(ebs: &Ebs, size: Option<u64>) -> String {
+    let size = size.map(|size| format!(" of {size} GiB")).unwrap_or_default();
+    let iops = ebs.iops.map(|iops| format!(", {iops} IOPS")).unwrap_or_default();
+    let throughput = ebs.throughput.map(|throughput| format!(", {throughput} MiB/s")).unwrap_or_default();
+    let end = if ebs.delete_on_termination { "deleted with the instance" } else { "kept after the instance" };
+    format!("{}{size}{iops}{throughput}, {end}", ebs.volume_type)
+}
+
+fn added_in_words(Volume { device, kind }: &Volume) -> String {
+    match kind {
+        VolumeKind::Empty { ebs, .. } => format!("{device} on {}", ebs_in_words(ebs, ebs.size)),
+        VolumeKind::Snapshot { snapshot, ebs } => format!("{device} of {snapshot} on {}", ebs_in_words(ebs, ebs.size)),
+        VolumeKind::InstanceStore { name } => format!("{device} is {name}"),
+    }
 }
 
 /// Registers the image under `name` and waits until it can be launched.
@@ -93,7 +118,13 @@ pub(super) fn own(images: &[Image], snapshot: &str) -> Option<String> {
     images.iter().find(from_it).and_then(Image::image_id).map(str::to_owned)
 }
 
-/// The snapshots that an image is made from.
+/// The snapshot that an image's root volume is made from.
+pub(super) fn root_snapshot(image: &Image) -> Option<&str> {
+    let root = |mapping: &&BlockDeviceMapping| mapping.device_name() == image.root_device_name();
+    image.block_device_mappings().iter().find(root)?.ebs()?.snapshot_id()
+}
+
+/// The snapshots that an image's volumes are made from.
 pub(super) fn snapshots(image: &Image) -> impl Iterator<Item = &str> {
     image.block_device_mappings().iter().filter_map(|mapping| mapping.ebs()?.snapshot_id())
 }
@@ -106,13 +137,8 @@ async fn send(job: &Job<'_>, name: &str, snapshot: &str, attempt: Try) -> Result
         return Ok(id);
     }
     let request = job.request;
-    let volume = EbsBlockDevice::builder()
-        .snapshot_id(snapshot)
-        .volume_type(request.volume_type.as_str().into())
-        .volume_size(i32::try_from(request.size).unwrap_or(i32::MAX))
-        .delete_on_termination(true)
-        .build();
-    let settings = Tag::builder().key(rules::SETTINGS_TAG).value(rules::settings(request)).build();
+    let settings = rules::settings(request, &job.target.region);
+    let settings = Tag::builder().key(rules::SETTINGS_TAG).value(settings).build();
     let tags = TagSpecification::builder()
         .resource_type(ResourceType::Image)
         .set_tags(Some(import::tags(job)))
@@ -127,15 +153,51 @@ async fn send(job: &Job<'_>, name: &str, snapshot: &str, attempt: Try) -> Result
         .architecture(architecture(request.arch))
         .virtualization_type("hvm")
         .root_device_name(&request.root_device)
-        .block_device_mappings(BlockDeviceMapping::builder().device_name(&request.root_device).ebs(volume).build())
+        .set_block_device_mappings(Some(mappings(request, snapshot)))
         .boot_mode(boot_mode(rules::boot_mode(request)))
-        .ena_support(true)
+        .ena_support(request.ena)
+        .set_sriov_net_support(request.sriov.then(|| "simple".to_owned()))
         .set_imds_support(request.imds_v2.then_some(ImdsSupportValues::V20))
+        .set_tpm_support(request.tpm.then_some(TpmSupportValues::V20))
+        .set_uefi_data(request.uefi_data.clone())
         .tag_specifications(tags)
         .customize()
         .config_override(ec2_once());
     let answer = call.send().await.map_err(job.clients.failed("ec2:RegisterImage"))?;
     answer.image_id.ok_or_else(|| Failure::found("ec2:RegisterImage", "the answer has no image id".to_owned()))
+}
+
+/// The volumes of instances: the root volume, made from `snapshot`, and the others.
+fn mappings(request: &Request, snapshot: &str) -> Vec<BlockDeviceMapping> {
+    let root = ebs(&request.root, Some(rules::root_size(request))).snapshot_id(snapshot).build();
+    let root = BlockDeviceMapping::builder().device_name(&request.root_device).ebs(root).build();
+    std::iter::once(root).chain(request.volumes.iter().map(|volume| mapping(request, volume))).collect()
+}
+
+fn mapping(request: &Request, volume: &Volume) -> BlockDeviceMapping {
+    let mapping = BlockDeviceMapping::builder().device_name(&volume.device);
+    match &volume.kind {
+        VolumeKind::Empty { encrypted, ebs: made } => {
+            let encrypted = encrypted.unwrap_or(request.encryption.is_some());
+            // Without the flag the account's default holds, which may be to encrypt.
+            mapping.ebs(ebs(made, made.size).set_encrypted(encrypted.then_some(true)).build()).build()
+        }
+        // Next to a snapshot AWS refuses the flag: the volume is encrypted if the snapshot is.
+        VolumeKind::Snapshot { snapshot, ebs: made } => {
+            mapping.ebs(ebs(made, made.size).snapshot_id(snapshot).build()).build()
+        }
+        VolumeKind::InstanceStore { name } => mapping.virtual_name(name).build(),
+    }
+}
+
+fn ebs(ebs: &Ebs, size: Option<u64>) -> EbsBlockDeviceBuilder {
+    let number = |number: u32| i32::try_from(number).unwrap_or(i32::MAX);
+    EbsBlockDevice::builder()
+        .volume_type(ebs.volume_type.as_str().into())
+        .set_volume_size(size.map(|size| i32::try_from(size).unwrap_or(i32::MAX)))
+        .set_iops(ebs.iops.map(number))
+        .set_throughput(ebs.throughput.map(number))
+        .delete_on_termination(ebs.delete_on_termination)
 }
 
 pub(super) fn architecture(arch: Architecture) -> ArchitectureValues {

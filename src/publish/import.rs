@@ -54,8 +54,12 @@ pub(super) fn begins(job: &Job<'_>) -> String {
 pub(super) fn plan_in_words(job: &Job<'_>) -> String {
     let target = &job.target;
     format!(
-        "import s3://{}/{} into a snapshot in {} by the role {}",
-        target.bucket, target.key, target.region, target.role
+        "import s3://{}/{} into a snapshot in {} by the role {}{}",
+        target.bucket,
+        target.key,
+        target.region,
+        target.role,
+        rules::encryption_in_words(job.request, &target.region)
     )
 }
 
@@ -92,7 +96,7 @@ pub(super) async fn adopt(job: &Job<'_>, task: &str) -> Result<String, Error> {
 
 /// Tags the snapshot; the import could tag only its task.
 pub(super) async fn tag_snapshot(job: &Job<'_>, snapshot: &str) -> Result<(), Error> {
-    let tags = tags(job);
+    let tags = snapshot_tags(job);
     retry_not_found(job, "the snapshot's tags", || async {
         let call = job.clients.ec2.create_tags().resources(snapshot).set_tags(Some(tags.clone()));
         call.send().await.map(|_| ()).map_err(job.clients.failed("ec2:CreateTags"))
@@ -100,9 +104,18 @@ pub(super) async fn tag_snapshot(job: &Job<'_>, snapshot: &str) -> Result<(), Er
     .await
 }
 
-/// What image and snapshot are tagged with.
+/// What the image is tagged with.
 pub(super) fn tags(job: &Job<'_>) -> Vec<Tag> {
-    rules::tag_pairs(job.request).into_iter().map(|(key, value)| Tag::builder().key(key).value(value).build()).collect()
+    to_tags(rules::tag_pairs(job.request))
+}
+
+/// What the snapshot is tagged with, and the task that imports it.
+pub(super) fn snapshot_tags(job: &Job<'_>) -> Vec<Tag> {
+    to_tags(rules::snapshot_tag_pairs(job.request, &job.target.region))
+}
+
+fn to_tags(pairs: Vec<(String, String)>) -> Vec<Tag> {
+    pairs.into_iter().map(|(key, value)| Tag::builder().key(key).value(value).build()).collect()
 }
 
 /// Repeats a call about something that was only just made, as long as AWS may not know it everywhere yet.
@@ -148,7 +161,7 @@ fn request(job: &Job<'_>) -> ImportSnapshotFluentBuilder {
     let target = &job.target;
     let words = format!("{} {}", job.request.image_name, job.request.digest);
     let place = UserBucket::builder().s3_bucket(&target.bucket).s3_key(&target.key).build();
-    let mut tags = tags(job);
+    let mut tags = snapshot_tags(job);
     tags.push(Tag::builder().key(RUN_TAG).value(&target.run).build());
     let tags = TagSpecification::builder().resource_type(ResourceType::ImportSnapshotTask).set_tags(Some(tags)).build();
     job.clients
@@ -157,6 +170,8 @@ fn request(job: &Job<'_>) -> ImportSnapshotFluentBuilder {
         .role_name(&target.role)
         .description(&words)
         .disk_container(SnapshotDiskContainer::builder().format("RAW").description(&words).user_bucket(place).build())
+        .set_encrypted(job.request.encryption.is_some().then_some(true))
+        .set_kms_key_id(rules::kms_key(job.request, &target.region).map(str::to_owned))
         .tag_specifications(tags)
 }
 
@@ -256,6 +271,9 @@ fn import_failed(job: &Job<'_>, task: &str, message: &str) -> Error {
     let error = Error::new(Exit::Publish, format!("AWS could not import the disk: {message}"))
         .with_note(format!("import task {task}"));
     let lower = message.to_ascii_lowercase();
+    if job.request.encryption.is_some() && lower.contains("key") {
+        return key_failed(job, error);
+    }
     if lower.contains("access") || lower.contains("permission") || lower.contains("kms") {
         let Job { target, .. } = job;
         return error.help(format!(
@@ -267,6 +285,18 @@ fn import_failed(job: &Job<'_>, task: &str, message: &str) -> Error {
         return error.help(format!("AWS doesn't take such a disk; {TROUBLE} says what it takes"));
     }
     error.help(format!("publish again; if it fails the same way, see {TROUBLE}"))
+}
+
+/// The key that the snapshot was to be encrypted with can't be used. AWS finds that out only when it imports.
+fn key_failed(job: &Job<'_>, error: Error) -> Error {
+    let Job { target, .. } = job;
+    let key = rules::kms_key(job.request, &target.region)
+        .map_or_else(|| "the account's default key for EBS".to_owned(), |key| format!("the KMS key `{key}`"));
+    error.help(format!(
+        "{key} must be a symmetric, enabled key in {}, and its policy must let the role `{}` use it: kms:CreateGrant, \
+         kms:Decrypt, kms:DescribeKey, kms:Encrypt, kms:GenerateDataKey*, kms:ReEncrypt*; name another with --kms-key",
+        target.region, target.role
+    ))
 }
 
 #[cfg(test)]

@@ -22,6 +22,9 @@ pub(super) struct Begun {
     /// The snapshot that it differs from.
     pub(super) parent: Option<String>,
     pub(super) encrypted: bool,
+    /// The encryption that was asked for; see [`super::rules::encryption`].
+    #[serde(default)]
+    pub(super) encryption: Option<String>,
     /// A digest of all that is to be sent.
     pub(super) blocks: String,
 }
@@ -158,6 +161,7 @@ mod tests {
             digest: "ab".to_owned(),
             parent: Some("snap-1".to_owned()),
             encrypted: false,
+            encryption: Some("default".to_owned()),
             blocks: "cd".to_owned(),
         };
         let left = |region: &str| match Journal::find(&disk, region) {

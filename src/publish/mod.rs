@@ -43,7 +43,8 @@ use tokio::sync::watch;
 use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
 use crate::event::{Event, Events};
-use crate::recipe::{Release, Via};
+pub use crate::recipe::BootMode;
+use crate::recipe::{Ebs, Encryption, Release, Via, Volume};
 use crate::store::Store;
 pub use check::{Checked, Verdict};
 use client::Clients;
@@ -74,18 +75,6 @@ pub enum Architecture {
     Arm64,
 }
 
-/// How the image's instances start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum BootMode {
-    /// By a boot sector.
-    LegacyBios,
-    /// By UEFI only.
-    Uefi,
-    /// By UEFI where the instance type has it, else by a boot sector.
-    UefiPreferred,
-}
-
 /// What to publish, and where to.
 #[derive(Debug, Clone)]
 pub struct Request {
@@ -101,7 +90,7 @@ pub struct Request {
     pub image_name: String,
     /// The name has the time in it, so that every publish would have another.
     pub name_varies: bool,
-    /// Words about the image; may be empty.
+    /// Words about the image, placeholders filled in; may be empty.
     pub description: String,
     /// What its instances run on.
     pub arch: Architecture,
@@ -117,10 +106,26 @@ pub struct Request {
     pub imds_v2: bool,
     /// Its root device, e.g. `/dev/xvda`.
     pub root_device: String,
-    /// The type of its root volume, e.g. `gp3`.
-    pub volume_type: String,
-    /// Tags for image and snapshot.
+    /// Its root volume; as large as the disk unless it says otherwise.
+    pub root: Ebs,
+    /// The other volumes of its instances.
+    pub volumes: Vec<Volume>,
+    /// Whether its instances have a TPM 2.0.
+    pub tpm: bool,
+    /// The UEFI variables that its instances start with, in base64.
+    pub uefi_data: Option<String>,
+    /// Whether it says that it has the driver of the Intel 82599 network card (SR-IOV).
+    pub sriov: bool,
+    /// Whether it says that it has the driver of the ENA network card.
+    pub ena: bool,
+    /// How its snapshots are encrypted; none: as the account's settings want it.
+    pub encryption: Option<Encryption>,
+    /// Tags for image and snapshot, placeholders filled in.
     pub tags: BTreeMap<String, String>,
+    /// More tags for snapshots; they win over `tags`.
+    pub snapshot_tags: BTreeMap<String, String>,
+    /// The texts by which images are told apart.
+    pub undated: Undated,
     /// The role that AWS reads the bucket with; [`DEFAULT_ROLE`] without one.
     pub role: Option<String>,
     /// How many parts are sent at once.
@@ -141,6 +146,17 @@ pub struct Request {
     pub release: Release,
     /// An image of that name is replaced.
     pub force: bool,
+}
+
+/// Texts whose `{date}` and `{time}` are not filled in: the same disk published again makes no other image for those.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Undated {
+    /// Words about the image; may be empty.
+    pub description: String,
+    /// Tags for image and snapshot.
+    pub tags: BTreeMap<String, String>,
+    /// More tags for snapshots.
+    pub snapshot_tags: BTreeMap<String, String>,
 }
 
 /// An image that can be launched.
@@ -370,7 +386,7 @@ async fn copy_of(job: &Job<'_>, original: &Original, old: &[Old], undo: &mut Und
     let order = copy::Order {
         source,
         name: original.name.clone(),
-        kms_key: None,
+        kms_key: rules::kms_key(job.request, &job.target.region).map(str::to_owned),
         replaces: old.iter().map(|old| old.id.clone()).collect(),
     };
     let tell = |percent| job.events.emit(Event::Progress { phase: "copy", done: percent, total: 100 });

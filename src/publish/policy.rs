@@ -33,6 +33,7 @@ pub(super) fn policy(request: &Request) -> Result<Value, Error> {
             resources(request, |partition, region| format!("arn:{partition}:ssm:{region}:*:parameter/{name}")),
         ));
     }
+    statements.extend(keys(request));
     Ok(json!({ "Version": "2012-10-17", "Statement": statements }))
 }
 
@@ -87,6 +88,14 @@ fn bucket(request: &Request) -> [Value; 2] {
     let of_objects =
         ["s3:AbortMultipartUpload", "s3:DeleteObject", "s3:GetObject", "s3:ListMultipartUploadParts", "s3:PutObject"];
     [statement("Bucket", &of_bucket, json!(bucket)), statement("Objects", &of_objects, json!(keys))]
+}
+
+/// What whoever publishes needs of the keys that snapshots are encrypted with. Aliases and ids are no resources of a policy.
+fn keys(request: &Request) -> Option<Value> {
+    let keys: Vec<&str> = request.encryption.as_ref()?.keys().collect();
+    let calls = ["kms:CreateGrant", "kms:Decrypt", "kms:DescribeKey", "kms:GenerateDataKey*", "kms:ReEncrypt*"];
+    let named = !keys.is_empty() && keys.iter().all(|key| key.starts_with("arn:"));
+    Some(statement("Keys", &calls, if named { json!(keys) } else { json!("*") }))
 }
 
 /// One for each region; one for all where the regions aren't known here.

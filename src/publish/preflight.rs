@@ -40,6 +40,7 @@ pub(super) async fn check(job: &Job<'_>) -> Result<Before, Error> {
     if !job.request.release.share.is_empty() {
         share::permitted(&job.place(), &finish::sharing(job)).await?;
     }
+    rules::key_fits(job.request, &job.target.region)?;
     let found = Box::pin(found::look(job)).await?;
     let mut before = Before { found, old: Vec::new(), interim: None };
     if !matches!(before.found, Found::Image(_)) {

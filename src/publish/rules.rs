@@ -1,13 +1,16 @@
 //! AWS's rules about what a request may say, checked before the first byte is sent. Pure.
 
+use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::share::Sharing;
-use super::{Architecture, BootMode, DEFAULT_ROLE, Request, Target, Via};
+use super::{Architecture, BootMode, DEFAULT_ROLE, Request, Target, Undated, Via};
 use crate::error::{Error, Exit};
 #[cfg(test)]
 use crate::recipe::Release;
 use crate::recipe::aws::{self, Refusal};
+use crate::recipe::volume::{self, VolumeKind};
+use crate::recipe::{Ebs, encryption};
 use crate::units::hex;
 
 /// The tag with the disk's digest.
@@ -16,6 +19,8 @@ pub(super) const DIGEST_TAG: &str = "kiln:digest";
 pub(super) const NAME_TAG: &str = "kiln:name";
 /// The tag that images have alike which are alike but for their names.
 pub(super) const SETTINGS_TAG: &str = "kiln:settings";
+/// The tag that encrypted snapshots have, and the tasks that import them: [`encryption`].
+pub(super) const ENCRYPTION_TAG: &str = "kiln:encryption";
 /// In GiB. S3 takes 10,000 parts of 5 GiB in an object, which is less than the largest volume.
 const LARGEST_OBJECT: u64 = 50_000;
 /// In GiB.
@@ -44,13 +49,104 @@ pub(super) fn check(request: &Request) -> Result<(), Error> {
     if request.arch == Architecture::Arm64 && request.boot_mode == BootMode::LegacyBios {
         return Err(input("arm64 instances don't boot by `legacy-bios`").help("set boot_mode = \"uefi\" in [publish]"));
     }
-    if !request.root_device.starts_with("/dev/") {
-        return Err(
-            input(format!("`{}` is not a root device", request.root_device)).help("use `/dev/xvda` or `/dev/sda1`")
-        );
+    firmware(request)?;
+    volumes(request)?;
+    keys(request)?;
+    tags(request).map_err(refused)
+}
+
+/// What depends on how instances boot.
+fn firmware(request: &Request) -> Result<(), Error> {
+    let mode = boot_mode(request);
+    if request.tpm {
+        aws::tpm(mode).map_err(refused)?;
     }
-    aws::tag_count(&request.tags).map_err(refused)?;
-    request.tags.iter().try_for_each(|(key, value)| aws::tag(key, value)).map_err(refused)
+    match request.uefi_data {
+        Some(_) => aws::uefi_data(mode).map_err(refused),
+        None => Ok(()),
+    }
+}
+
+fn volumes(request: &Request) -> Result<(), Error> {
+    volume::root_device(&request.root_device).map_err(refused)?;
+    let size = root_size(request);
+    if size < request.size {
+        let message = format!("the root volume's {size} GiB are fewer than the disk's {}", request.size);
+        return Err(input(message).help("make `volume_size` in the recipe's [publish] larger, or leave it out"));
+    }
+    request.root.check_root(Some(size)).map_err(|bad| refused(bad.refusal))?;
+    for (position, added) in request.volumes.iter().enumerate() {
+        let before = &request.volumes[..position];
+        let ebs = |ebs: &Ebs| ebs.check(ebs.size).map_err(|bad| bad.refusal);
+        let of_kind = match &added.kind {
+            VolumeKind::Empty { ebs: Ebs { size: None, .. }, .. } => {
+                return Err(input(format!("the volume at `{}` has no size", added.device)).help("give it a `size`"));
+            }
+            VolumeKind::Empty { ebs: made, .. } => ebs(made),
+            VolumeKind::Snapshot { snapshot, ebs: made } => volume::snapshot_id(snapshot).and_then(|()| ebs(made)),
+            VolumeKind::InstanceStore { name } => volume::instance_store(name, before),
+        };
+        let device = volume::device(&added.device)
+            .and_then(|()| volume::device_is_free(&added.device, &request.root_device, before));
+        device.and(of_kind).map_err(refused)?;
+    }
+    Ok(())
+}
+
+/// How KMS keys are named; whether they fit a region is for [`key_fits`].
+fn keys(request: &Request) -> Result<(), Error> {
+    for key in request.encryption.iter().flat_map(|encryption| encryption.keys()) {
+        encryption::kms_key(key).map_err(refused)?;
+        if request.via != Via::S3 {
+            encryption::kms_key_for_ebs_direct(key).map_err(refused)?;
+        }
+    }
+    Ok(())
+}
+
+fn tags(request: &Request) -> Result<(), Refusal> {
+    let encrypted = request.encryption.is_some();
+    let mut of_snapshot = request.tags.clone();
+    of_snapshot.extend(request.snapshot_tags.clone());
+    aws::tag_count(of_snapshot.len(), encrypted)?;
+    request.tags.iter().chain(&request.snapshot_tags).try_for_each(|(key, value)| aws::tag(key, value))
+}
+
+/// Whether the KMS key for `region`, if one is named, is one of that region.
+pub(super) fn key_fits(request: &Request, region: &str) -> Result<(), Error> {
+    kms_key(request, region).map_or(Ok(()), |key| encryption::kms_key_in(key, region).map_err(refused))
+}
+
+/// The KMS key that snapshots in `region` are encrypted with; none: the account's default key for EBS, if they are
+/// encrypted at all.
+pub(super) fn kms_key<'a>(request: &'a Request, region: &str) -> Option<&'a str> {
+    request.encryption.as_ref()?.key(region)
+}
+
+/// What a snapshot in `region` is encrypted with, as its tag has it; none: encryption is not asked for. Only what was asked
+/// for can be compared: an alias names now this key, now that one.
+pub(super) fn encryption(request: &Request, region: &str) -> Option<String> {
+    request.encryption.as_ref()?;
+    Some(match kms_key(request, region) {
+        None => "default".to_owned(),
+        // No tag has more.
+        Some(key) if key.len() > 255 => hex(&Sha256::digest(key)),
+        Some(key) => key.to_owned(),
+    })
+}
+
+/// The encryption that is asked for, as the end of a sentence about a snapshot in `region`; may be empty.
+pub(super) fn encryption_in_words(request: &Request, region: &str) -> String {
+    match (&request.encryption, kms_key(request, region)) {
+        (None, _) => String::new(),
+        (Some(_), None) => ", encrypted with the account's default key".to_owned(),
+        (Some(_), Some(key)) => format!(", encrypted with {key}"),
+    }
+}
+
+/// The size of the root volume in GiB.
+pub(super) fn root_size(request: &Request) -> u64 {
+    request.root.size.unwrap_or(request.size)
 }
 
 /// Settles where everything goes; `run` is of this run only, and a region that copies another's image sends nothing.
@@ -106,12 +202,36 @@ pub(super) fn tag_pairs(request: &Request) -> Vec<(String, String)> {
     pairs.into_iter().collect()
 }
 
-/// Everything that an image is registered with but its name, in 16 hexadecimal digits.
-pub(super) fn settings(request: &Request) -> String {
-    let Request { digest, name, description, arch, size, imds_v2, root_device, volume_type, tags, .. } = request;
-    let mode = boot_mode(request);
-    let all = serde_json::json!([digest, name, description, arch, size, mode, imds_v2, root_device, volume_type, tags]);
-    hex(&Sha256::digest(all.to_string()))[..16].to_owned()
+/// What a snapshot in `region` is tagged with, and the task that imports it.
+pub(super) fn snapshot_tag_pairs(request: &Request, region: &str) -> Vec<(String, String)> {
+    let mut pairs = request.snapshot_tags.clone();
+    for (key, value) in tag_pairs(request) {
+        pairs.entry(key).or_insert(value);
+    }
+    pairs.extend(encryption(request, region).map(|encryption| (ENCRYPTION_TAG.to_owned(), encryption)));
+    pairs.into_iter().collect()
+}
+
+/// Everything that an image in `region` is registered with but its name, in 16 hexadecimal digits.
+pub(super) fn settings(request: &Request, region: &str) -> String {
+    let Request { digest, name, arch, size, imds_v2, root_device, root, undated, .. } = request;
+    let Undated { description, tags, snapshot_tags } = undated;
+    let (mode, volume_type) = (boot_mode(request), root.volume_type);
+    let mut all = vec![json!([digest, name, description, arch, size, mode, imds_v2, root_device, volume_type, tags])];
+    // What an image doesn't have says nothing: images of earlier kilns have none of it.
+    let mut add = |name: &str, value: Option<Value>| all.extend(value.map(|value| json!([name, value])));
+    let root = Ebs { size: root.size.filter(|own| own != size), ..root.clone() };
+    let plain_root = Ebs { volume_type, ..Ebs::default() };
+    add("root", (root != plain_root).then(|| json!(root)));
+    add("volumes", (!request.volumes.is_empty()).then(|| json!(request.volumes)));
+    add("tpm", request.tpm.then(|| json!(true)));
+    add("uefi_data", request.uefi_data.as_ref().map(|data| json!(data)));
+    add("sriov", request.sriov.then(|| json!(true)));
+    add("ena", (!request.ena).then(|| json!(false)));
+    add("encryption", encryption(request, region).map(|encryption| json!(encryption)));
+    add("snapshot_tags", (!snapshot_tags.is_empty()).then(|| json!(snapshot_tags)));
+    let text = if let [only] = &all[..] { only.to_string() } else { json!(all).to_string() };
+    hex(&Sha256::digest(text))[..16].to_owned()
 }
 
 /// What the keys of all objects begin with that are made of disks of this recipe.
@@ -172,6 +292,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::recipe::{Encryption, Volume, VolumeType};
 
     fn request() -> Request {
         Request {
@@ -189,8 +310,16 @@ mod tests {
             boot_mode: BootMode::UefiPreferred,
             imds_v2: true,
             root_device: "/dev/xvda".to_owned(),
-            volume_type: "gp3".to_owned(),
+            root: Ebs::default(),
+            volumes: Vec::new(),
+            tpm: false,
+            uefi_data: None,
+            sriov: false,
+            ena: true,
+            encryption: None,
             tags: BTreeMap::new(),
+            snapshot_tags: BTreeMap::new(),
+            undated: Undated::default(),
             role: None,
             parallel: 4,
             poll: Duration::from_secs(15),
@@ -240,7 +369,7 @@ mod tests {
         assert_eq!(refused(|r| r.size = 0), "a disk of 0 GiB can't be published");
         assert_eq!(refused(|r| r.size = 50_001), "a disk of 50001 GiB can't be published");
         assert_eq!(refused(|r| (r.size, r.via) = (65_537, Via::Ebs)), "a disk of 65537 GiB can't be published");
-        assert_eq!(refused(|r| r.root_device = "xvda".to_owned()), "`xvda` is not a root device");
+        assert_eq!(refused(|r| r.root_device = "xvda".to_owned()), "`xvda` can't be a root device");
         let arm = refused(|r| (r.arch, r.boot_mode) = (Architecture::Arm64, BootMode::LegacyBios));
         assert_eq!(arm, "arm64 instances don't boot by `legacy-bios`");
     }
@@ -256,31 +385,126 @@ mod tests {
         assert_eq!(pairs[0].1, "mine");
     }
 
+    fn io2(iops: u32) -> Ebs {
+        Ebs { volume_type: VolumeType::Io2, iops: Some(iops), ..Ebs::default() }
+    }
+
+    fn added(device: &str, ebs: Ebs) -> Volume {
+        Volume { device: device.to_owned(), kind: VolumeKind::Empty { encrypted: None, ebs } }
+    }
+
+    fn keyed(key: &str) -> Option<Encryption> {
+        Some(Encryption { kms_key: Some(key.to_owned()), ..Encryption::default() })
+    }
+
+    #[test]
+    fn what_is_impossible_together_is_refused() {
+        let tpm = |r: &mut Request| r.tpm = true;
+        assert_eq!(refused(tpm), "an image that boots by `uefi-preferred` can't have a TPM");
+        check(&Request { tpm: true, boot_mode: BootMode::Uefi, ..request() }).unwrap();
+        check(&Request { tpm: true, arch: Architecture::Arm64, ..request() }).unwrap();
+        let data = |r: &mut Request| (r.uefi_data, r.boot_mode) = (Some("QQ==".to_owned()), BootMode::LegacyBios);
+        assert_eq!(refused(data), "an image that boots by `legacy-bios` has no use for `uefi_data`");
+
+        let smaller = |r: &mut Request| r.root.size = Some(3);
+        assert_eq!(refused(smaller), "the root volume's 3 GiB are fewer than the disk's 4");
+        let iops = "a volume of type io2 with 4 GiB can't have 5000 IOPS";
+        assert_eq!(refused(|r| r.root = io2(5000)), iops);
+        check(&Request { root: Ebs { size: Some(5), ..io2(5000) }, ..request() }).unwrap();
+
+        let volumes = |devices: &[&str]| {
+            let ebs = Ebs { size: Some(8), ..Ebs::default() };
+            devices.iter().map(|device| added(device, ebs.clone())).collect::<Vec<_>>()
+        };
+        check(&Request { volumes: volumes(&["/dev/sdf", "/dev/sdg"]), ..request() }).unwrap();
+        let twice = refused(|r| r.volumes = volumes(&["/dev/sdf", "/dev/sdf"]));
+        assert_eq!(twice, "`/dev/sdf` is taken already");
+        let root = |r: &mut Request| (r.volumes, r.root_device) = (volumes(&["/dev/sdb"]), "/dev/xvdb".to_owned());
+        assert_eq!(refused(root), "`/dev/sdb` is the same device as `/dev/xvdb`, which is the root device already");
+        let sizeless = refused(|r| r.volumes = vec![added("/dev/sdf", Ebs::default())]);
+        assert_eq!(sizeless, "the volume at `/dev/sdf` has no size");
+        let large = |r: &mut Request| r.volumes = vec![added("/dev/sdf", Ebs { size: Some(65_537), ..Ebs::default() })];
+        assert_eq!(refused(large), "a volume of type gp3 can't have 65537 GiB");
+
+        assert_eq!(refused(|r| r.encryption = keyed("mine")), "`mine` is not a KMS key");
+        let direct = refused(|r| (r.encryption, r.via) = (keyed("alias/mine"), Via::Ebs));
+        assert_eq!(direct, "EBS direct takes a KMS key only by its ARN, and `alias/mine` is none");
+        let many = |r: &mut Request| {
+            r.tags = (0..40).map(|n| (format!("a{n}"), String::new())).collect();
+            r.snapshot_tags = (0..7).map(|n| (format!("b{n}"), String::new())).collect();
+        };
+        assert_eq!(refused(many), "47 tags are too many");
+    }
+
+    #[test]
+    fn a_key_is_one_of_its_region() {
+        let arn = "arn:aws:kms:eu-west-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab";
+        let request = Request { encryption: keyed(arn), ..request() };
+        assert_eq!(kms_key(&request, "eu-west-1"), Some(arn));
+        key_fits(&request, "eu-west-1").unwrap();
+        key_fits(&request, "us-east-1").unwrap_err();
+        assert_eq!(encryption(&request, "eu-west-1").as_deref(), Some(arn));
+        let default = Request { encryption: Some(Encryption::default()), ..request };
+        assert_eq!((kms_key(&default, "x"), encryption(&default, "x").as_deref()), (None, Some("default")));
+        let none = Request { encryption: None, ..default };
+        assert_eq!((kms_key(&none, "x"), encryption(&none, "x")), (None, None));
+    }
+
+    #[test]
+    fn a_snapshots_own_tags_win_and_tell_its_encryption() {
+        let mut request = Request { encryption: keyed("alias/mine"), ..request() };
+        request.tags =
+            [("team", "web"), ("use", "image")].map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+        request.snapshot_tags.insert("use".to_owned(), "snapshot".to_owned());
+        let pairs = snapshot_tag_pairs(&request, "eu-west-1");
+        let value = |wanted: &str| pairs.iter().find(|(key, _)| key == wanted).map(|(_, value)| value.as_str());
+        assert_eq!([value("team"), value("use")], [Some("web"), Some("snapshot")]);
+        assert_eq!([value(NAME_TAG), value(ENCRYPTION_TAG)], [Some("web"), Some("alias/mine")]);
+        assert!(tag_pairs(&request).contains(&("use".to_owned(), "image".to_owned())));
+    }
+
     #[test]
     fn images_that_differ_in_more_than_their_name_have_other_settings() {
         let settings = |change: &dyn Fn(&mut Request)| {
             let mut request = request();
             change(&mut request);
-            settings(&request)
+            settings(&request, "eu-west-1")
         };
         let same = settings(&|_| ());
-        assert_eq!(same.len(), 16);
+        // What earlier kilns have written, whose images are found by it.
+        assert_eq!(same, "f47e41d9093cced8");
         assert_eq!(settings(&|r| (r.image_name, r.name_varies, r.parallel) = ("other".to_owned(), true, 9)), same);
-        let changes: [&dyn Fn(&mut Request); 9] = [
+        // The root volume is as large as the disk anyway; `{date}` is not filled in.
+        assert_eq!(settings(&|r| (r.root.size, r.description) = (Some(4), "2026".to_owned())), same);
+        let elsewhere =
+            Encryption { kms_keys: [("us-east-1".to_owned(), "alias/a".to_owned())].into(), ..Encryption::default() };
+        let changes: [&dyn Fn(&mut Request); 21] = [
             &|r| r.digest.push('0'),
             &|r| r.name.push('2'),
-            &|r| r.description.push('x'),
+            &|r| r.undated.description.push('x'),
             &|r| r.arch = Architecture::Arm64,
             &|r| r.boot_mode = BootMode::Uefi,
             &|r| r.imds_v2 = false,
             &|r| r.root_device.push('1'),
-            &|r| "gp2".clone_into(&mut r.volume_type),
-            &|r| drop(r.tags.insert("team".to_owned(), "web".to_owned())),
+            &|r| r.root.volume_type = VolumeType::Gp2,
+            &|r| drop(r.undated.tags.insert("team".to_owned(), "web".to_owned())),
+            &|r| drop(r.undated.snapshot_tags.insert("team".to_owned(), "web".to_owned())),
+            &|r| r.root.size = Some(5),
+            &|r| r.root.iops = Some(4000),
+            &|r| r.root.throughput = Some(200),
+            &|r| r.root.delete_on_termination = false,
+            &|r| r.volumes = vec![added("/dev/sdf", io2(100))],
+            &|r| r.tpm = true,
+            &|r| r.uefi_data = Some("QQ==".to_owned()),
+            &|r| r.sriov = true,
+            &|r| r.ena = false,
+            &|r| r.encryption = Some(elsewhere.clone()),
+            &|r| r.encryption = keyed("alias/a"),
         ];
         let mut all: Vec<_> = changes.iter().map(|change| settings(change)).chain([same]).collect();
         all.sort();
         all.dedup();
-        assert_eq!(all.len(), 10);
+        assert_eq!(all.len(), changes.len() + 1);
     }
 
     #[test]

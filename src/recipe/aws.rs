@@ -1,11 +1,13 @@
-//! What AWS takes of a bucket's name, a description and tags. One rule for the recipe, which shows a mistake at its
-//! line, and for publishing, where a value may come from the command line or from an older kiln's manifest.
+//! What AWS takes of a bucket's name, a description, tags and how instances boot; [`super::Ebs`] and [`super::Encryption`]
+//! know it of volumes and keys. One rule for the recipe, which shows a mistake at its line, and for publishing, where a
+//! value may come from the command line or from an older kiln's manifest.
 
-use std::collections::BTreeMap;
+use super::BootMode;
 
 /// How many tags AWS takes on one thing.
 const TAGS: usize = 50;
-/// Tags that kiln sets itself: `Name`, `kiln:digest`, `kiln:name`, and `kiln:run` on the import task.
+/// Tags that kiln sets itself: `Name`, `kiln:digest`, `kiln:name`, and `kiln:settings` on the image, `kiln:run` on
+/// the import task and on the snapshot.
 const OWN_TAGS: usize = 4;
 
 /// What AWS would not take.
@@ -93,17 +95,46 @@ pub fn tag(key: &str, value: &str) -> Result<(), Refusal> {
     Err(Refusal::new(format!("the tag `{key}` can't be set"), help))
 }
 
-/// Whether AWS takes so many tags, next to kiln's own.
+/// Whether AWS takes so many tags, next to kiln's own. An encrypted snapshot has one more of those, `kiln:encryption`.
 ///
 /// # Errors
 /// When it doesn't.
-pub fn tag_count(tags: &BTreeMap<String, String>) -> Result<(), Refusal> {
-    let most = TAGS - OWN_TAGS;
-    if tags.len() <= most {
+pub fn tag_count(tags: usize, encrypted: bool) -> Result<(), Refusal> {
+    let own = OWN_TAGS + usize::from(encrypted);
+    let most = TAGS - own;
+    if tags <= most {
         return Ok(());
     }
-    let help = format!("AWS takes {TAGS}, of which kiln sets {OWN_TAGS} itself: {most} are left");
-    Err(Refusal::new(format!("{} tags are too many", tags.len()), help))
+    let help = format!("AWS takes {TAGS}, of which kiln sets {own} itself: {most} are left");
+    Err(Refusal::new(format!("{tags} tags are too many"), help))
+}
+
+/// Whether instances that boot by `mode` can have a TPM 2.0 (NitroTPM).
+///
+/// # Errors
+/// When they can't.
+pub fn tpm(mode: BootMode) -> Result<(), Refusal> {
+    match mode {
+        BootMode::Uefi => Ok(()),
+        mode => Err(Refusal::new(
+            format!("an image that boots by `{mode}` can't have a TPM"),
+            "AWS takes `tpm` only with boot_mode = \"uefi\"",
+        )),
+    }
+}
+
+/// Whether instances that boot by `mode` can have UEFI variables.
+///
+/// # Errors
+/// When they can't.
+pub fn uefi_data(mode: BootMode) -> Result<(), Refusal> {
+    match mode {
+        BootMode::Uefi | BootMode::UefiPreferred => Ok(()),
+        BootMode::LegacyBios => Err(Refusal::new(
+            format!("an image that boots by `{mode}` has no use for `uefi_data`"),
+            "instances have UEFI variables only with boot_mode = \"uefi\" or \"uefi-preferred\"",
+        )),
+    }
 }
 
 #[cfg(test)]
@@ -144,11 +175,21 @@ mod tests {
         );
         assert!(said(tag("", "")).starts_with("the tag `` can't be set; "));
         assert!(said(tag("k", &"v".repeat(257))).ends_with("in a tag's value, not 257"));
-        let tags = |count: u32| (0..count).map(|n| (n.to_string(), String::new())).collect();
-        tag_count(&tags(46)).unwrap();
+        tag_count(46, false).unwrap();
         assert_eq!(
-            said(tag_count(&tags(47))),
+            said(tag_count(47, false)),
             "47 tags are too many; AWS takes 50, of which kiln sets 4 itself: 46 are left"
         );
+        assert_eq!(
+            said(tag_count(46, true)),
+            "46 tags are too many; AWS takes 50, of which kiln sets 5 itself: 45 are left"
+        );
+    }
+
+    #[test]
+    fn a_tpm_needs_uefi_and_variables_some_of_it() {
+        let all = [BootMode::LegacyBios, BootMode::Uefi, BootMode::UefiPreferred];
+        assert_eq!(all.map(|mode| tpm(mode).is_ok()), [false, true, false]);
+        assert_eq!(all.map(|mode| uefi_data(mode).is_ok()), [false, true, true]);
     }
 }

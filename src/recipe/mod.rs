@@ -4,17 +4,19 @@
 //! text; whether they exist is for `build` to find out.
 
 pub mod aws;
+pub mod encryption;
 mod grantee;
-mod image_name;
 mod publish;
 mod read;
 mod reader;
 mod release;
 mod set;
 mod step;
+mod template;
 #[cfg(test)]
 mod tests;
 mod tree;
+pub mod volume;
 mod with;
 
 use std::collections::BTreeMap;
@@ -27,11 +29,13 @@ use crate::error::{Error, Place};
 use crate::provisioners::Provisioner;
 use crate::units::Size;
 
+pub use encryption::Encryption;
 pub use grantee::Grantee;
-pub use image_name::{NameError, NamePart, name_parts};
-pub use publish::{BootMode, Imds, Publish, Refusal, Via, VolumeType};
+pub use publish::{BootMode, DEFAULT_ROOT_DEVICE, Imds, Publish, Refusal, Tpm, Via};
 pub use read::parse;
 pub use release::{Protection, Release, days, parameter};
+pub use template::{Meanings, TemplateError, TextPart, name_parts, text_parts};
+pub use volume::{Ebs, Volume, VolumeKind, VolumeType};
 
 /// What the user asked for, checked as far as that goes without looking at files.
 #[derive(Debug, Clone)]

@@ -1,11 +1,20 @@
 //! The `[publish]` table.
 
-use std::collections::BTreeMap;
-use std::ops::Range;
+mod encrypted;
+mod volumes;
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::encryption::Encryption;
 use super::reader::{Fields, Found};
 use super::release::{self, Release};
-use super::{Arch, Base, aws, image_name, words};
+use super::template::{self, Meanings, TemplateError};
+use super::volume::{self, Ebs, EbsSpans, Volume};
+use super::{Arch, Base, Disk, aws, words};
 
 /// How the image is published. Nothing is needed to build.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -14,7 +23,7 @@ pub struct Publish {
     pub image_name: Option<String>,
     /// Of the value of `image_name`.
     pub image_name_span: Option<Range<usize>>,
-    /// The AMI's description, at most 255 characters.
+    /// A template for the AMI's description, which has at most 255 characters; see [`super::text_parts`].
     pub description: Option<String>,
     /// Where it is published, in order, each once.
     pub regions: Vec<String>,
@@ -32,12 +41,30 @@ pub struct Publish {
     pub boot_mode_span: Option<Range<usize>>,
     /// What instances may use of the metadata service; none: [`Imds::V2`].
     pub imds: Option<Imds>,
-    /// The root volume's type.
-    pub volume_type: VolumeType,
-    /// The root device's name; none: `/dev/xvda`.
+    /// Whether instances have a TPM 2.0; then they boot by UEFI only.
+    pub tpm: bool,
+    /// A file with the UEFI variables that instances start with, relative to [`super::Recipe::dir`] unless absolute.
+    pub uefi_data: Option<PathBuf>,
+    /// Of the value of `uefi_data`.
+    pub uefi_data_span: Option<Range<usize>>,
+    /// Whether the image says that it has the driver of the Intel 82599 network card (SR-IOV).
+    pub sriov: bool,
+    /// Whether the image says that it has the driver of the ENA network card; none: it does.
+    pub ena: Option<bool>,
+    /// The root volume.
+    pub root: Ebs,
+    /// Where its settings are.
+    pub root_spans: EbsSpans,
+    /// The root device's name; none: [`DEFAULT_ROOT_DEVICE`].
     pub root_device: Option<String>,
-    /// Tags for everything that is created.
+    /// The other volumes of instances.
+    pub volumes: Vec<Volume>,
+    /// How snapshots are encrypted; none: as the account's settings want it.
+    pub encryption: Option<Encryption>,
+    /// Tags for image and snapshots: templates of their values.
     pub tags: BTreeMap<String, String>,
+    /// More tags for snapshots; they win over `tags`.
+    pub snapshot_tags: BTreeMap<String, String>,
     /// The name of the role that imports; none: `vmimport`.
     pub role: Option<String>,
     /// How the disk becomes a snapshot.
@@ -48,8 +75,13 @@ pub struct Publish {
     pub span: Option<Range<usize>>,
 }
 
+/// The root device, unless another is named.
+pub const DEFAULT_ROOT_DEVICE: &str = "/dev/xvda";
+
 words! {
     /// How instances boot.
+    #[derive(Serialize)]
+    #[serde(rename_all = "kebab-case")]
     BootMode {
         /// BIOS.
         LegacyBios = "legacy-bios",
@@ -73,16 +105,10 @@ words! {
 }
 
 words! {
-    /// The type of the root volume.
-    #[derive(Default)]
-    VolumeType {
-        /// General purpose, third generation.
-        #[default]
-        Gp3 = "gp3",
-        /// General purpose, second generation.
-        Gp2 = "gp2",
-        /// Magnetic.
-        Standard = "standard",
+    /// The trusted platform module of instances.
+    Tpm {
+        /// Version 2.0 (`NitroTPM`).
+        V2 = "v2.0",
     }
 }
 
@@ -100,7 +126,7 @@ words! {
     }
 }
 
-const KNOWN: [&str; 17] = [
+const KNOWN: [&str; 30] = [
     "image_name",
     "description",
     "regions",
@@ -108,9 +134,22 @@ const KNOWN: [&str; 17] = [
     "prefix",
     "boot_mode",
     "imds",
+    "tpm",
+    "uefi_data",
+    "sriov",
+    "ena",
     "volume_type",
+    "volume_size",
+    "iops",
+    "throughput",
+    "delete_on_termination",
     "root_device",
+    "volume",
+    "encrypted",
+    "kms_key",
+    "kms_keys",
     "tags",
+    "snapshot_tags",
     "role",
     "via",
     "share",
@@ -121,30 +160,30 @@ const KNOWN: [&str; 17] = [
 ];
 
 /// Reads `[publish]`; `name` is the recipe's.
-pub(super) fn read(top: &Fields<'_>, name: &str, base: Option<&Base>) -> Publish {
+pub(super) fn read(top: &Fields<'_>, name: &str, base: Option<&Base>, disk: &Disk) -> Publish {
     let mut publish = Publish::default();
     let Some(fields) = top.table("publish", "[publish]", &KNOWN) else { return publish };
     publish.span = Some(fields.origin.span.clone());
     (publish.image_name, publish.image_name_span) = split(image_name(&fields, name));
-    publish.description =
-        checked(&fields, "description", |text| aws::description(text).map_err(told)).map(|found| found.value);
+    publish.description = checked(&fields, "description", |text| aws::description(&filled(text, name)?).map_err(told))
+        .map(|found| found.value);
     regions(&fields, &mut publish);
     (publish.bucket, publish.bucket_span) = split(checked(&fields, "bucket", |text| aws::bucket(text).map_err(told)));
     publish.prefix = checked(&fields, "prefix", prefix).map(|found| found.value);
     (publish.boot_mode, publish.boot_mode_span) = split(boot_mode(&fields, base));
     publish.imds = fields.word("imds").map(|found| found.value);
-    publish.volume_type = fields.word("volume_type").map(|found| found.value).unwrap_or_default();
-    publish.root_device = checked(&fields, "root_device", root_device).map(|found| found.value);
+    firmware(&fields, base, &mut publish);
+    publish.sriov = fields.boolean("sriov").is_some_and(|found| found.value);
+    publish.ena = fields.boolean("ena").map(|found| found.value);
+    (publish.root, publish.root_spans) = volumes::root(&fields, disk.size);
+    let root_device = checked(&fields, "root_device", |text| volume::root_device(text).map_err(told));
+    publish.root_device = root_device.map(|found| found.value);
+    publish.volumes = volumes::others(&fields, publish.root_device.as_deref().unwrap_or(DEFAULT_ROOT_DEVICE));
     publish.role = checked(&fields, "role", role).map(|found| found.value);
     publish.via = fields.word("via").map(|found| found.value).unwrap_or_default();
     publish.release = release::read(&fields);
-    publish.tags = fields.map("tags", |key, value| aws::tag(key, value).map_err(told));
-    if let Err(refused) = aws::tag_count(&publish.tags)
-        && let Some(entry) = fields.entry("tags")
-    {
-        let (message, help) = told(refused);
-        fields.reader.refuse(&entry.key_origin, message, help);
-    }
+    publish.encryption = encrypted::read(&fields, &publish.regions, publish.via);
+    tags(&fields, name, &mut publish);
     publish
 }
 
@@ -153,6 +192,10 @@ pub type Refusal = (String, Option<String>);
 
 pub(super) fn refusal(message: impl Into<String>, help: &str) -> Refusal {
     (message.into(), Some(help.to_owned()))
+}
+
+fn wrong(error: TemplateError) -> Refusal {
+    (error.message, Some(error.help))
 }
 
 fn told(refused: aws::Refusal) -> Refusal {
@@ -176,9 +219,54 @@ fn checked(fields: &Fields<'_>, key: &str, check: impl Fn(&str) -> Result<(), Re
 }
 
 fn image_name(fields: &Fields<'_>, name: &str) -> Option<Found<String>> {
-    checked(fields, "image_name", |template| {
-        image_name::check(template, name).map_err(|error| (error.message, error.help))
-    })
+    checked(fields, "image_name", |template| template::check_image_name(template, name).map_err(wrong))
+}
+
+/// The shortest text that a template can become.
+fn filled(template: &str, name: &str) -> Result<String, Refusal> {
+    let parts = template::text_parts(template).map_err(|mut error| {
+        error.help.push_str(" (a `{` itself is written `{{`)");
+        wrong(error)
+    })?;
+    Ok(Meanings::shortest(name).fill(&parts))
+}
+
+fn tags(fields: &Fields<'_>, name: &str, publish: &mut Publish) {
+    let tag = |key: &str, value: &str| aws::tag(key, &filled(value, name)?).map_err(told);
+    publish.tags = fields.map("tags", tag);
+    publish.snapshot_tags = fields.map("snapshot_tags", tag);
+    let encrypted = publish.encryption.is_some();
+    let snapshots = publish.tags.keys().chain(publish.snapshot_tags.keys()).collect::<BTreeSet<_>>().len();
+    for (key, count) in [("tags", publish.tags.len()), ("snapshot_tags", snapshots)] {
+        if let Err(refused) = aws::tag_count(count, encrypted)
+            && let Some(entry) = fields.entry(key)
+        {
+            let (message, help) = told(refused);
+            fields.reader.refuse(&entry.key_origin, message, help);
+        }
+    }
+}
+
+/// What works only with UEFI. Without a boot mode the disk decides: on x86 that may be both.
+fn firmware(fields: &Fields<'_>, base: Option<&Base>, publish: &mut Publish) {
+    let arm = base.is_some_and(|base| base.arch == Arch::Aarch64);
+    if let Some(found) = fields.word::<Tpm>("tpm") {
+        publish.tpm = true;
+        let refusal = match publish.boot_mode {
+            None if arm => None,
+            None => Some(refusal("`tpm` needs a `boot_mode`", "AWS takes it only with boot_mode = \"uefi\"")),
+            Some(mode) => aws::tpm(mode).err().map(told),
+        };
+        if let Some((message, help)) = refusal {
+            fields.reader.refuse(&found.origin, message, help);
+        }
+    }
+    if let Some(found) = fields.filled("uefi_data") {
+        if let Some(Err(refused)) = publish.boot_mode.map(aws::uefi_data) {
+            fields.reader.refuse(&found.origin, refused.message, Some(refused.help));
+        }
+        (publish.uefi_data, publish.uefi_data_span) = (Some(PathBuf::from(found.value)), Some(found.origin.span));
+    }
 }
 
 fn regions(fields: &Fields<'_>, publish: &mut Publish) {
@@ -230,20 +318,6 @@ fn boot_mode(fields: &Fields<'_>, base: Option<&Base>) -> Option<Found<BootMode>
         return None;
     }
     Some(found)
-}
-
-fn root_device(text: &str) -> Result<(), Refusal> {
-    let rest = text.strip_prefix("/dev/xvd").or_else(|| text.strip_prefix("/dev/sd")).unwrap_or_default();
-    let fits = rest.starts_with(|c: char| c.is_ascii_lowercase())
-        && rest.len() <= 3
-        && rest.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit());
-    if fits {
-        return Ok(());
-    }
-    Err(refusal(
-        format!("`{text}` can't be a root device"),
-        "AWS takes names like `/dev/xvda` and `/dev/sda1`, whatever the guest calls it",
-    ))
 }
 
 fn role(text: &str) -> Result<(), Refusal> {

@@ -52,7 +52,7 @@ fn read(reader: &Reader, root: &tree::Table, source: Source<'_>, overrides: Vec<
     let steps = step::steps(&top);
     let seal = seal(&top);
     let tests = tests(&top);
-    let publish = publish::read(&top, name.as_deref().unwrap_or_default(), base.as_ref());
+    let publish = publish::read(&top, name.as_deref().unwrap_or_default(), base.as_ref(), &disk);
     Some(Recipe {
         path: source.path.to_owned(),
         text: source.text.to_owned(),

@@ -345,7 +345,11 @@ impl<'a> Fields<'a> {
     pub(super) fn tables(&self, key: &str) -> Vec<(&'a Table, &'a Origin)> {
         let Some(node) = self.node(key) else { return Vec::new() };
         let Value::Array(items) = &node.value else {
-            let help = format!("there can be several: write [[{key}]] with two brackets");
+            let path = match self.title.trim_matches(['[', ']']) {
+                "" => key.to_owned(),
+                title => format!("{title}.{key}"),
+            };
+            let help = format!("there can be several: write [[{path}]] with two brackets");
             self.reader.wrong_type(node, &format!("`{key}`"), "a list of tables", Some(help));
             return Vec::new();
         };
@@ -422,9 +426,16 @@ const HOMES: [(&str, &[&str]); 6] = [
             "prefix",
             "boot_mode",
             "imds",
+            "tpm",
+            "uefi_data",
+            "sriov",
+            "ena",
             "volume_type",
+            "volume_size",
             "root_device",
+            "kms_keys",
             "tags",
+            "snapshot_tags",
             "role",
         ],
     ),

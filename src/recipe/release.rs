@@ -102,10 +102,10 @@ pub fn days(text: &str) -> Result<Duration, Refusal> {
 /// # Errors
 /// In words: what is wrong, and what helps.
 pub fn parameter(text: &str) -> Result<(), Refusal> {
-    let parts = super::name_parts(text).map_err(|error| (error.message, error.help))?;
+    let parts = super::name_parts(text).map_err(|error| (error.message, Some(error.help)))?;
     let taken = |c: char| c.is_ascii_alphanumeric() || "_.-/".contains(c);
     let wrong = parts.iter().find_map(|part| match part {
-        super::NamePart::Text(text) => text.chars().find(|c| !taken(*c)),
+        super::TextPart::Text(text) => text.chars().find(|c| !taken(*c)),
         _ => None,
     });
     if let Some(wrong) = wrong {

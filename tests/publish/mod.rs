@@ -4,6 +4,7 @@
 mod again;
 mod denied;
 mod ebs;
+mod fields;
 mod made;
 mod places;
 mod refused;

@@ -90,13 +90,40 @@ impl Aws {
     /// From now on new snapshots are encrypted, as an account's owner may choose.
     #[track_caller]
     pub(crate) fn encrypt_by_default(&self) {
-        let credential = "Credential=test/20260101/us-east-1/ec2/aws4_request";
+        self.ec2("EnableEbsEncryptionByDefault", &[]);
+    }
+
+    /// A call of EC2's, as any other client makes it, and its answer as XML.
+    #[track_caller]
+    pub(crate) fn ec2(&self, action: &str, parameters: &[(&str, &str)]) -> String {
+        let all = [("Action", action), ("Version", "2016-11-15")].into_iter().chain(parameters.iter().copied());
+        let body: Vec<_> = all.flat_map(|(key, value)| ["-d".to_owned(), format!("{key}={value}")]).collect();
+        self.call("ec2", &body)
+    }
+
+    /// Makes a KMS key with this alias, and returns its ARN.
+    #[track_caller]
+    pub(crate) fn kms_key(&self, alias: &str) -> String {
+        let call = |action: &str, body: Value| {
+            let target = format!("X-Amz-Target: TrentService.{action}");
+            let headers = ["-H", "Content-Type: application/x-amz-json-1.1", "-H", &target, "-d", &body.to_string()];
+            self.call("kms", &headers.map(str::to_owned))
+        };
+        let made: Value = serde_json::from_str(&call("CreateKey", json!({}))).unwrap();
+        call("CreateAlias", json!({ "AliasName": alias, "TargetKeyId": made["KeyMetadata"]["KeyId"] }));
+        made["KeyMetadata"]["Arn"].as_str().unwrap().to_owned()
+    }
+
+    #[track_caller]
+    fn call(&self, service: &str, arguments: &[String]) -> String {
+        let credential = format!("Credential=test/20260101/us-east-1/{service}/aws4_request");
         let mut curl = Command::new("curl");
         curl.args(["-sS", "--fail-with-body", "--max-time", "30"]);
         curl.args(["-H", &format!("Authorization: AWS4-HMAC-SHA256 {credential}, SignedHeaders=host, Signature=0")]);
-        curl.args(["-d", "Action=EnableEbsEncryptionByDefault&Version=2016-11-15", self.url()]);
-        let output = curl.output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        let output = curl.args(arguments).arg(self.url()).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{service} {arguments:?}: {text}");
+        text
     }
 
     /// The calls so far of this action, e.g. `ec2:RegisterImage`; all of them for an empty one.

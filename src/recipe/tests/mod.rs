@@ -2,6 +2,7 @@
 
 mod refusals;
 mod refused_steps;
+mod refused_volumes;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -211,7 +212,7 @@ fn the_examples_publishing_is_read_whole() {
     assert_eq!(publish.regions, ["eu-central-1", "us-east-1"]);
     assert_eq!(publish.bucket.as_deref(), Some("my-import-bucket"));
     assert_eq!((publish.boot_mode, publish.imds), (Some(BootMode::UefiPreferred), Some(Imds::V2)));
-    assert_eq!(publish.volume_type, VolumeType::Gp3);
+    assert_eq!(publish.root.volume_type, VolumeType::Gp3);
     assert_eq!(marked(&recipe, publish.span.as_ref().unwrap()), (45, "[publish]"));
     assert_eq!(marked(&recipe, publish.image_name_span.as_ref().unwrap()).0, 46);
     assert_eq!(marked(&recipe, publish.regions_span.as_ref().unwrap()).0, 47);
@@ -323,12 +324,12 @@ fn publishing_takes_everything_there_is() {
         tags = { Name = 'x', 'a:b' = '' }\n";
     let publish = read(&format!("{SMALL}{publish}")).publish;
     let parts = name_parts(publish.image_name.as_deref().unwrap()).unwrap();
-    let (gap, digest) = (NamePart::Text(" "), NamePart::Digest(64));
-    let expected = [NamePart::Name, gap, NamePart::Date, gap, NamePart::Time, gap, NamePart::Version, gap, digest];
+    let (gap, digest) = (TextPart::Text(" "), TextPart::Digest(64));
+    let expected = [TextPart::Name, gap, TextPart::Date, gap, TextPart::Time, gap, TextPart::Version, gap, digest];
     assert_eq!(parts, expected);
     assert_eq!(publish.regions, ["us-gov-west-1", "cn-north-1"]);
     assert_eq!((publish.boot_mode, publish.imds), (Some(BootMode::LegacyBios), Some(Imds::V1)));
-    assert_eq!((publish.volume_type, publish.root_device.as_deref()), (VolumeType::Gp2, Some("/dev/sda1")));
+    assert_eq!((publish.root.volume_type, publish.root_device.as_deref()), (VolumeType::Gp2, Some("/dev/sda1")));
     assert_eq!((publish.role.as_deref(), publish.prefix.as_deref()), (Some("vm-import"), Some("images/")));
     assert_eq!(publish.tags["a:b"], "");
 }
@@ -465,12 +466,12 @@ proptest! {
         let template: String = parts.iter().map(|&part| texts[part]).collect();
         let read = name_parts(&template).unwrap();
         let written: String = read.iter().map(|part| match part {
-            NamePart::Text(text) => text,
-            NamePart::Name => texts[0],
-            NamePart::Date => texts[1],
-            NamePart::Time => texts[2],
-            NamePart::Digest(_) => texts[3],
-            NamePart::Version => texts[4],
+            TextPart::Text(text) => text,
+            TextPart::Name => texts[0],
+            TextPart::Date => texts[1],
+            TextPart::Time => texts[2],
+            TextPart::Digest(_) => texts[3],
+            TextPart::Version => texts[4],
         }).collect();
         prop_assert_eq!(written, template);
     }
