@@ -4,10 +4,14 @@
 mod again;
 mod denied;
 mod ebs;
+mod every_step;
 mod made;
+mod memory;
 mod places;
 mod refused;
+mod second;
 mod stopped;
+mod wire;
 
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;

@@ -2,6 +2,7 @@
 
 mod aws;
 mod base;
+mod proxy;
 mod terminal;
 
 use std::ffi::OsStr;
@@ -15,6 +16,7 @@ use serde_json::{Value, json};
 
 pub(crate) use aws::Aws;
 pub(crate) use base::{Base, append_data, tool, write_base};
+pub(crate) use proxy::{Deed, Harm, Proxy, Way};
 pub(crate) use terminal::Terminal;
 
 /// Nothing here takes longer unless it hangs.
