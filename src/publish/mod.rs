@@ -227,17 +227,13 @@ async fn steps(
     let snapshot = match found {
         Found::Image { id, name, snapshot } => {
             job.events.note(format!("image {id} has this disk already"));
+            job.forget_journal(&snapshot);
             image::until_available(job, &id).await?;
             return Ok(Published { image_name: name, ..job.published(id, snapshot) });
         }
         Found::Snapshot { id } => {
             job.events.note(format!("snapshot {id} has this disk already"));
-            // An earlier run may have sealed it, and been killed.
-            if let journal::Found::Left(left) = Journal::find(&job.request.disk, &job.target.region)
-                && left.begun().snapshot == id
-            {
-                left.remove();
-            }
+            job.forget_journal(&id);
             id
         }
         Found::Task { id, key } => {
@@ -293,6 +289,15 @@ impl Job<'_> {
     fn keep_map(&self, snapshot: &str) {
         if let Some(store) = &self.request.store {
             store.keep_map(snapshot, &self.request.block_map);
+        }
+    }
+
+    /// An earlier run may have sealed the snapshot, and been killed: nothing is left to go on with.
+    fn forget_journal(&self, snapshot: &str) {
+        if let journal::Found::Left(left, begun) = Journal::find(&self.request.disk, &self.target.region)
+            && begun.snapshot == snapshot
+        {
+            left.remove();
         }
     }
 
