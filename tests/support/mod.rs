@@ -309,8 +309,13 @@ impl Running {
 
     /// Waits for its end, and panics if it does not come.
     #[track_caller]
-    pub(crate) fn end(mut self) -> Ran {
-        let status = self.wait();
+    pub(crate) fn end(self) -> Ran {
+        self.end_within(HANG)
+    }
+
+    #[track_caller]
+    fn end_within(mut self, limit: Duration) -> Ran {
+        let status = self.wait(limit);
         let [stdout, stderr] = self.readers.map(|reader| reader.join().unwrap());
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("kiln prints UTF-8");
         let ran = Ran { code: status.code(), stdout: text(stdout), stderr: text(stderr) };
@@ -318,7 +323,8 @@ impl Running {
         ran
     }
 
-    /// As [`Self::end`], with the most memory that kiln itself took at any time, in KiB: not that of its children.
+    /// As [`Self::end`], with the most memory that kiln itself took at any time, in KiB: not that of its children. It may
+    /// have much to do.
     #[track_caller]
     pub(crate) fn end_with_peak(self) -> (Ran, u64) {
         let status = format!("/proc/{}/status", self.child.id());
@@ -331,12 +337,12 @@ impl Running {
             }
             peak
         });
-        (self.end(), watcher.join().unwrap())
+        (self.end_within(4 * HANG), watcher.join().unwrap())
     }
 
     #[track_caller]
-    fn wait(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + HANG;
+    fn wait(&mut self, limit: Duration) -> ExitStatus {
+        let deadline = Instant::now() + limit;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;
