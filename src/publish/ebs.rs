@@ -90,16 +90,20 @@ pub(super) async fn upload(
     let file = upload::open_disk(job)?;
     let before = upload::identity(job, &file)?;
     let map = block_map(job)?;
-    let (begun, blocks) = match Box::pin(take_up(job, undo, &map)).await? {
-        Some(taken_up) => taken_up,
-        None => match Box::pin(start(job, undo, &map)).await? {
-            Ok(started) => started,
-            Err(refused) => return Ok(Err(refused)),
-        },
+    let (journal, begun, blocks) = match Box::pin(take_up(job, undo, &map)).await? {
+        Some((left, begun, blocks)) => (journal.insert(left), begun, blocks),
+        None => {
+            let journal = journal.insert(Journal::ask(&job.request.disk, &job.target.region, &job.target.run));
+            let (begun, blocks) = match Box::pin(start(job, undo, &map)).await? {
+                Ok(started) => started,
+                Err(refused) => return Ok(Err(refused)),
+            };
+            journal.begin(&begun);
+            (journal, begun, blocks)
+        }
     };
-    let journal = journal.insert(begun);
     let kept = blocks.iter().filter(|(index, _)| journal.is_sealed() || journal.has(*index)).count();
-    let snapshot = journal.begun().snapshot.clone();
+    let snapshot = begun.snapshot;
     let sender = Sender {
         clients: Arc::clone(&job.clients),
         events: job.events.clone(),
@@ -115,7 +119,7 @@ pub(super) async fn upload(
         journal.seal();
     }
     until_completed(job, &snapshot).await?;
-    Ok(Ok(Written { snapshot, sent: blocks.len() - kept, kept, parent: journal.begun().parent.clone() }))
+    Ok(Ok(Written { snapshot, sent: blocks.len() - kept, kept, parent: begun.parent }))
 }
 
 /// Which blocks are sent, in order, with what they have. Zeros that were written are data, also where the parent has a hole.
@@ -196,17 +200,24 @@ async fn encrypts(job: &Job<'_>) -> Result<bool, Error> {
 type Blocks = Vec<(u64, Digest)>;
 
 /// The snapshot that an earlier run has begun and left, and its blocks, if it can be gone on with. If not it is deleted.
-async fn take_up(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Option<(Journal, Blocks)>, Error> {
-    let mut journal = match Journal::find(&job.request.disk, &job.target.region) {
+async fn take_up(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Option<(Journal, Begun, Blocks)>, Error> {
+    let (mut journal, begun) = match Journal::find(&job.request.disk, &job.target.region) {
         journal::Found::Nothing => return Ok(None),
-        journal::Found::Left(journal) => journal,
+        journal::Found::Left(journal, begun) => (journal, begun),
+        journal::Found::Asked(journal, run) => {
+            // It has no block yet.
+            if let Some(snapshot) = asked_for(job, &journal, &run).await? {
+                delete(job, undo, &snapshot).await;
+            }
+            journal.remove();
+            return Ok(None);
+        }
         journal::Found::Busy => {
             let message = format!("another kiln publishes this disk to {}", job.target.region);
             return Err(Error::new(Exit::Publish, message).help("wait until it has ended, then publish again"));
         }
     };
-    let begun = journal.begun().clone();
-    let state = state_of_begun(job, &journal).await?;
+    let state = state_of_begun(job, &journal, &begun).await?;
     let parent = begun.parent.as_ref().map(|parent| known_map(job, parent));
     if let (Some(SnapshotState::Pending | SnapshotState::Completed), None | Some(Some(_))) = (&state, &parent) {
         let blocks = blocks(map, parent.flatten().as_ref(), begun.encrypted);
@@ -217,28 +228,54 @@ async fn take_up(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Optio
             if state == Some(SnapshotState::Completed) {
                 journal.seal();
             }
-            return Ok(Some((journal, blocks)));
+            return Ok(Some((journal, begun, blocks)));
         }
     }
     // One that is complete is whole, though of another disk perhaps. AWS gives the others up only after an hour, and keeps
     // them.
     if !matches!(state, None | Some(SnapshotState::Completed)) {
-        job.events.note(format!("deleting {}, which an earlier publish has begun", begun.snapshot));
-        undo.will_make(Made::Snapshot { id: Some(begun.snapshot.clone()) });
-        for left in undo.snapshots(job).await {
-            job.events.warn(format!("could not delete {left}"));
-        }
+        delete(job, undo, &begun.snapshot).await;
     }
     journal.remove();
     Ok(None)
 }
 
-/// None if there is no such snapshot. One that was begun only just now may not be known everywhere yet.
-async fn state_of_begun(job: &Job<'_>, journal: &Journal) -> Result<Option<SnapshotState>, Error> {
+async fn delete(job: &Job<'_>, undo: &mut Undo, snapshot: &str) {
+    job.events.note(format!("deleting {snapshot}, which an earlier publish has begun"));
+    undo.will_make(Made::Snapshot { id: Some(snapshot.to_owned()) });
+    for left in undo.snapshots(job).await {
+        job.events.warn(format!("could not delete {left}"));
+    }
+}
+
+/// Until when what the journal tells of may not be known everywhere yet.
+fn settled(job: &Job<'_>, journal: &Journal) -> Instant {
     let young = journal.age() < SETTLING;
-    let until = Instant::now() + if young { import::settling(job.request.poll) } else { Duration::ZERO };
+    Instant::now() + if young { import::settling(job.request.poll) } else { Duration::ZERO }
+}
+
+/// The snapshot that the run of this journal has asked for, if there is one.
+async fn asked_for(job: &Job<'_>, journal: &Journal, run: &str) -> Result<Option<String>, Error> {
+    let what = "the snapshot that was asked for";
+    let until = settled(job, journal);
     loop {
-        match job.stop.or("the snapshot that was begun", found::snapshot(job, &journal.begun().snapshot)).await? {
+        let answer = job.stop.or(what, found::snapshots(job, import::RUN_TAG, run)).await?;
+        let found = found::may_look(job, "snapshots", answer)?;
+        if let Some(id) = found.first().and_then(Snapshot::snapshot_id) {
+            return Ok(Some(id.to_owned()));
+        }
+        if Instant::now() >= until {
+            return Ok(None);
+        }
+        job.stop.pause(what, job.request.poll.min(LOOK)).await?;
+    }
+}
+
+/// None if there is no such snapshot. One that was begun only just now may not be known everywhere yet.
+async fn state_of_begun(job: &Job<'_>, journal: &Journal, begun: &Begun) -> Result<Option<SnapshotState>, Error> {
+    let until = settled(job, journal);
+    loop {
+        match job.stop.or("the snapshot that was begun", found::snapshot(job, &begun.snapshot)).await? {
             Ok(found) => return Ok(found.state().cloned()),
             Err(failure) if !failure.is_not_found() => return Err(job.error(failure)),
             Err(_) if Instant::now() >= until => return Ok(None),
@@ -247,7 +284,7 @@ async fn state_of_begun(job: &Job<'_>, journal: &Journal) -> Result<Option<Snaps
     }
 }
 
-async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Result<(Journal, Blocks), Failure>, Error> {
+async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Result<(Begun, Blocks), Failure>, Error> {
     let encrypts = Box::pin(encrypts(job)).await?;
     let mut parent = Box::pin(parent(job, map, encrypts)).await?;
     let (snapshot, encrypted) = loop {
@@ -279,7 +316,7 @@ async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Result<
         encryption: asked_encryption(job),
         blocks: digest_of(&blocks),
     };
-    Ok(Ok((Journal::begin(&job.request.disk, &job.target.region, begun), blocks)))
+    Ok(Ok((begun, blocks)))
 }
 
 fn asked_encryption(job: &Job<'_>) -> Option<String> {
@@ -405,6 +442,7 @@ impl Sender {
     }
 
     async fn put(&self, index: u64, digest: Digest, body: ByteStream) -> Result<(), Failure> {
+        let checksum = base64(&digest.0);
         let call = self
             .clients
             .ebs
@@ -412,12 +450,17 @@ impl Sender {
             .snapshot_id(&self.snapshot)
             .block_index(i32::try_from(index).unwrap_or(i32::MAX))
             .data_length(i32::try_from(BLOCK).unwrap_or(i32::MAX))
-            .checksum(base64(&digest.0))
+            .checksum(&checksum)
             .checksum_algorithm(ChecksumAlgorithm::ChecksumAlgorithmSha256)
             .block_data(body)
             .customize()
             .config_override(ebs_once());
-        call.send().await.map(|_| ()).map_err(self.clients.failed("ebs:PutSnapshotBlock"))
+        let answer = call.send().await.map_err(self.clients.failed("ebs:PutSnapshotBlock"))?;
+        // A page to sign in at says that all is well, too.
+        if answer.checksum() == Some(&checksum) {
+            return Ok(());
+        }
+        Err(Failure::found("ebs:PutSnapshotBlock", "the answer doesn't tell the block's checksum".to_owned()))
     }
 }
 

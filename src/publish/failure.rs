@@ -88,6 +88,10 @@ impl Failure {
         let response = error.raw_response();
         let service = error.as_service_error();
         let kind = match error {
+            // A page to sign in at, e.g., says that all is well.
+            SdkError::ServiceError(error) if error.raw().status().is_success() && error.err().code().is_none() => {
+                Kind::Garbled
+            }
             SdkError::ServiceError(_) => Kind::Refused,
             SdkError::TimeoutError(_) => Kind::TimedOut,
             SdkError::DispatchFailure(failure) if failure.is_timeout() => Kind::TimedOut,

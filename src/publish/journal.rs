@@ -1,8 +1,8 @@
 //! What a publish by EBS direct has done so far, in a file beside the disk: whoever publishes the disk again after kiln
 //! was killed goes on there, because AWS doesn't tell which blocks a snapshot has while it is pending.
 //!
-//! The file's first line says what was begun, each further one is the index of a block that AWS has, and `sealed` the end.
-//! It is only a help: without it, the snapshot is begun anew.
+//! The file's first line says which run asks for a snapshot, the second what was begun, each further one is the index of a
+//! block that AWS has, and `sealed` the end. It is only a help: without it, the snapshot is begun anew.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -29,13 +29,20 @@ pub(super) struct Begun {
     pub(super) blocks: String,
 }
 
+/// Written before the snapshot is asked for, so that it is found again if kiln is killed before it hears of it.
+#[derive(Debug, Serialize, Deserialize)]
+struct Asked {
+    run: String,
+}
+
 /// The file, held so that no other kiln goes on with the same snapshot.
 #[derive(Debug)]
 pub(super) struct Journal {
-    begun: Begun,
     path: PathBuf,
     /// None where it can't be kept.
     file: Option<File>,
+    /// How long ago an earlier run last wrote to it.
+    age: Duration,
     blocks: BTreeSet<u64>,
     sealed: bool,
 }
@@ -47,8 +54,10 @@ pub(super) enum Found {
     Nothing,
     /// Another kiln publishes from here to this region.
     Busy,
+    /// An earlier run's, which ended before it heard whether there is a snapshot with its tag.
+    Asked(Journal, String),
     /// An earlier run's, which has ended.
-    Left(Journal),
+    Left(Journal, Begun),
 }
 
 /// How journals are named: the region is between these.
@@ -68,39 +77,42 @@ impl Journal {
             Err(TryLockError::Error(_)) => return Found::Nothing,
         }
         let mut lines = BufReader::new(&file).lines().map_while(Result::ok);
+        let asked: Option<Asked> = lines.next().and_then(|line| serde_json::from_str(&line).ok());
         let begun: Option<Begun> = lines.next().and_then(|line| serde_json::from_str(&line).ok());
         // A line that was cut short is the start of another block's number: it must not be believed.
         let words: Vec<_> = lines.filter_map(|line| line.strip_suffix(';').map(str::to_owned)).collect();
         let blocks = words.iter().filter_map(|word| word.parse().ok()).collect();
         let sealed = words.iter().any(|word| word == SEALED);
+        let modified = file.metadata().and_then(|metadata| metadata.modified());
+        let age = modified.ok().and_then(|time| time.elapsed().ok()).unwrap_or(Duration::MAX);
         // What was cut short ends here.
         let ended = file.seek(SeekFrom::End(0)).and_then(|_| file.write_all(b"\n"));
-        match begun {
-            Some(begun) if ended.is_ok() => Found::Left(Self { begun, path, file: Some(file), blocks, sealed }),
+        let journal = Self { path, file: Some(file), age, blocks, sealed };
+        match (asked, begun) {
+            (Some(_), Some(begun)) if ended.is_ok() => Found::Left(journal, begun),
+            (Some(asked), None) if ended.is_ok() => Found::Asked(journal, asked.run),
             _ => Found::Nothing,
         }
     }
 
-    /// Begins a journal. Where it can't be written there is none.
-    pub(super) fn begin(disk: &Path, region: &str, begun: Begun) -> Self {
+    /// Begins a journal: this run is about to ask for a snapshot. Where it can't be written there is none.
+    pub(super) fn ask(disk: &Path, region: &str, run: &str) -> Self {
         let path = path(disk, region);
-        let file = OpenOptions::new().append(true).create(true).open(&path).ok().filter(|file| {
-            let header = || Some(format!("{}\n", serde_json::to_string(&begun).ok()?));
-            file.try_lock().is_ok()
-                && file.set_len(0).is_ok()
-                && header().is_some_and(|header| (&*file).write_all(header.as_bytes()).is_ok())
-        });
-        Self { begun, path, file, blocks: BTreeSet::new(), sealed: false }
+        let file = OpenOptions::new().append(true).create(true).open(&path).ok();
+        let file = file.filter(|file| file.try_lock().is_ok() && file.set_len(0).is_ok());
+        let mut journal = Self { path, file, age: Duration::ZERO, blocks: BTreeSet::new(), sealed: false };
+        journal.write_header(&Asked { run: run.to_owned() });
+        journal
     }
 
-    pub(super) fn begun(&self) -> &Begun {
-        &self.begun
+    /// Notes the snapshot that there is now.
+    pub(super) fn begin(&mut self, begun: &Begun) {
+        self.write_header(begun);
     }
 
-    /// How long ago it was last written to.
+    /// How long ago an earlier run last wrote to it.
     pub(super) fn age(&self) -> Duration {
-        let modified = self.file.as_ref().and_then(|file| file.metadata().ok()?.modified().ok());
-        modified.and_then(|time| time.elapsed().ok()).unwrap_or(Duration::MAX)
+        self.age
     }
 
     /// Whether AWS has the block.
@@ -126,8 +138,18 @@ impl Journal {
     }
 
     fn write(&mut self, word: &str) {
+        self.write_line(&format!("{word};"));
+    }
+
+    fn write_header(&mut self, header: &impl Serialize) {
+        if let Ok(header) = serde_json::to_string(header) {
+            self.write_line(&header);
+        }
+    }
+
+    fn write_line(&mut self, line: &str) {
         if let Some(file) = &mut self.file {
-            let _ = file.write_all(format!("{word};\n").as_bytes());
+            let _ = file.write_all(format!("{line}\n").as_bytes());
         }
     }
 
@@ -150,6 +172,8 @@ pub(crate) fn is_journal(name: &OsStr) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use super::*;
 
     #[test]
@@ -165,15 +189,15 @@ mod tests {
             blocks: "cd".to_owned(),
         };
         let left = |region: &str| match Journal::find(&disk, region) {
-            Found::Left(journal) => Some(journal),
+            Found::Left(journal, begun) => Some((journal, begun)),
             _ => None,
         };
         let path = folder.path().join("publish.eu-west-1.journal");
         assert!(left("eu-west-1").is_none());
-        let mut first = Journal::begin(&disk, "eu-west-1", begun.clone());
+        let mut first = Journal::ask(&disk, "eu-west-1", "r1");
+        first.begin(&begun);
         first.note(7);
         first.note(120);
-        assert!(first.age() < Duration::from_mins(1));
         assert!(matches!(Journal::find(&disk, "eu-west-1"), Found::Busy));
         drop(first);
         assert!(left("us-east-1").is_none());
@@ -181,19 +205,29 @@ mod tests {
         let mut text = std::fs::read_to_string(&path).unwrap();
         text.push_str("33");
         std::fs::write(&path, &text).unwrap();
-        let mut second = left("eu-west-1").unwrap();
-        assert_eq!(second.begun(), &begun);
+        let hour = SystemTime::now() - Duration::from_hours(1);
+        File::options().append(true).open(&path).unwrap().set_modified(hour).unwrap();
+        let (mut second, read) = left("eu-west-1").unwrap();
+        assert!(read == begun && second.age() > Duration::from_mins(59));
         assert_eq!([7, 120, 33, 3].map(|index| second.has(index)), [true, true, false, false]);
         second.note(33);
         second.seal();
         drop(second);
-        let third = left("eu-west-1").unwrap();
+        let (third, _) = left("eu-west-1").unwrap();
         assert!(third.has(33) && third.is_sealed());
         third.remove();
         assert!(left("eu-west-1").is_none() && !path.exists());
         std::fs::write(&path, "{ half").unwrap();
-        assert!(left("eu-west-1").is_none());
-        drop(Journal::begin(&disk, "eu-west-1", begun));
-        assert!(left("eu-west-1").is_some_and(|journal| !journal.has(7)));
+        assert!(matches!(Journal::find(&disk, "eu-west-1"), Found::Nothing));
+        // Killed before it heard of the snapshot, and in the middle of noting it.
+        drop(Journal::ask(&disk, "eu-west-1", "r2"));
+        for cut in ["", "{\"snapshot\":\"snap-"] {
+            std::fs::write(&path, format!("{{\"run\":\"r2\"}}\n{cut}")).unwrap();
+            assert!(matches!(Journal::find(&disk, "eu-west-1"), Found::Asked(_, run) if run == "r2"));
+        }
+        let mut journal = Journal::ask(&disk, "eu-west-1", "r3");
+        journal.begin(&begun);
+        drop(journal);
+        assert!(left("eu-west-1").is_some_and(|(journal, _)| !journal.has(7)));
     }
 }

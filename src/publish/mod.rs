@@ -328,6 +328,7 @@ async fn steps(
     let image = match (before.found, &job.source) {
         (Found::Image(image), _) => {
             job.events.note(format!("image {} has this disk already", image.id));
+            job.forget_journal(&image.snapshot);
             image::until_available(job, &image.id).await?;
             image
         }
@@ -412,12 +413,7 @@ async fn snapshot(
     match found {
         Found::Snapshot { id } => {
             job.events.note(format!("snapshot {id} has this disk already"));
-            // An earlier run may have sealed it, and been killed.
-            if let journal::Found::Left(left) = Journal::find(&job.request.disk, &job.target.region)
-                && left.begun().snapshot == id
-            {
-                left.remove();
-            }
+            job.forget_journal(&id);
             Ok(id)
         }
         Found::Task { id, key } => {
@@ -523,6 +519,15 @@ impl<'a> Job<'a> {
     fn keep_map(&self, snapshot: &str) {
         if let Some(store) = &self.request.store {
             store.keep_map(snapshot, &self.request.block_map);
+        }
+    }
+
+    /// An earlier run may have sealed the snapshot, and been killed: nothing is left to go on with.
+    fn forget_journal(&self, snapshot: &str) {
+        if let journal::Found::Left(left, begun) = Journal::find(&self.request.disk, &self.target.region)
+            && begun.snapshot == snapshot
+        {
+            left.remove();
         }
     }
 

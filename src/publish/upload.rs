@@ -371,7 +371,11 @@ impl Sender {
             let message = format!("part {} arrived damaged", part.number);
             return Err(Lost::Refused(Failure::found("s3:UploadPart", message)));
         }
-        let etag = answer.e_tag().unwrap_or_default().to_owned();
+        // A page to sign in at says that all is well, too.
+        let Some(etag) = answer.e_tag().map(str::to_owned) else {
+            let message = format!("the answer to part {} has no ETag", part.number);
+            return Err(Lost::Refused(Failure::found("s3:UploadPart", message)));
+        };
         Ok(Sent { part, digest, etag, confirmed: arrived.is_some(), copied: false })
     }
 }

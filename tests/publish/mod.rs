@@ -4,13 +4,17 @@
 mod again;
 mod denied;
 mod ebs;
+mod every_step;
 mod fields;
 mod made;
+mod memory;
 mod places;
 mod refused;
 mod regions;
 mod release;
+mod second;
 mod stopped;
+mod wire;
 
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;

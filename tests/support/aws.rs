@@ -87,6 +87,35 @@ impl Aws {
         self.control("POST", "snapshots", Some(&json!({})));
     }
 
+    /// Forgets everything that was ever made, faults, scripts and the log too; buckets and roles stay.
+    pub(crate) fn clean(&self) {
+        self.reset();
+        self.control("DELETE", "resources", None);
+    }
+
+    /// Waits until a fault with `hold` keeps a call.
+    #[track_caller]
+    pub(crate) fn wait_until_held(&self, what: &str) {
+        let held = || self.control("GET", "requests?held=True", None)["requests"] != json!([]);
+        self.wait_until(what, held);
+    }
+
+    /// Forgets all faults; a call that one of them kept goes on.
+    pub(crate) fn release(&self) {
+        self.control("DELETE", "faults", None);
+    }
+
+    /// What is there, as kiln names it: objects and unfinished uploads by their URL, the rest by id.
+    pub(crate) fn names(&self) -> Vec<String> {
+        let names = &self.control("GET", "resources", None)["names"];
+        let list = |names: &Value| names.as_array().into_iter().flatten().cloned().collect::<Vec<_>>();
+        let text = |name: &Value| name.as_str().unwrap().to_owned();
+        let stored = ["objects", "multipart_uploads"].map(|kind| list(&names[kind])).concat();
+        let tasks = ["pending", "active"].map(|state| list(&names["import_tasks"][state])).concat();
+        let others = [list(&names["snapshots"]), list(&names["images"]), tasks].concat();
+        stored.iter().map(|name| format!("s3://{}", text(name))).chain(others.iter().map(text)).collect()
+    }
+
     /// From now on new snapshots are encrypted, as an account's owner may choose.
     #[track_caller]
     pub(crate) fn encrypt_by_default(&self) {

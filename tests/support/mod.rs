@@ -2,6 +2,7 @@
 
 mod aws;
 mod base;
+mod proxy;
 mod terminal;
 
 use std::ffi::OsStr;
@@ -15,6 +16,7 @@ use serde_json::{Value, json};
 
 pub(crate) use aws::Aws;
 pub(crate) use base::{Base, append_data, tool, write_base};
+pub(crate) use proxy::{Deed, Harm, Proxy, Way};
 pub(crate) use terminal::Terminal;
 
 /// Nothing here takes longer unless it hangs.
@@ -307,8 +309,13 @@ impl Running {
 
     /// Waits for its end, and panics if it does not come.
     #[track_caller]
-    pub(crate) fn end(mut self) -> Ran {
-        let status = self.wait();
+    pub(crate) fn end(self) -> Ran {
+        self.end_within(HANG)
+    }
+
+    #[track_caller]
+    fn end_within(mut self, limit: Duration) -> Ran {
+        let status = self.wait(limit);
         let [stdout, stderr] = self.readers.map(|reader| reader.join().unwrap());
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("kiln prints UTF-8");
         let ran = Ran { code: status.code(), stdout: text(stdout), stderr: text(stderr) };
@@ -316,7 +323,8 @@ impl Running {
         ran
     }
 
-    /// As [`Self::end`], with the most memory that kiln itself took at any time, in KiB: not that of its children.
+    /// As [`Self::end`], with the most memory that kiln itself took at any time, in KiB: not that of its children. It may
+    /// have much to do.
     #[track_caller]
     pub(crate) fn end_with_peak(self) -> (Ran, u64) {
         let status = format!("/proc/{}/status", self.child.id());
@@ -329,12 +337,12 @@ impl Running {
             }
             peak
         });
-        (self.end(), watcher.join().unwrap())
+        (self.end_within(4 * HANG), watcher.join().unwrap())
     }
 
     #[track_caller]
-    fn wait(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + HANG;
+    fn wait(&mut self, limit: Duration) -> ExitStatus {
+        let deadline = Instant::now() + limit;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;
