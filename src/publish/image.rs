@@ -32,15 +32,17 @@ pub(super) fn plan_in_words(job: &Job<'_>) -> String {
         (request.tpm, "TPM v2.0"),
         (request.uefi_data.is_some(), "UEFI variables"),
     ];
-    let has: String = has.iter().filter(|(has, _)| *has).map(|(_, what)| format!(", {what}")).collect();
-    let volumes: String = request.volumes.iter().map(|volume| format!("; {}", added_in_words(volume))).collect();
+    let has = has.iter().filter(|(has, _)| *has).map(|(_, what)| *what);
+    let has = std::iter::once("hvm").chain(has).collect::<Vec<_>>().join(", ");
+    let root =
+        format!("root {} on {}", request.root_device, ebs_in_words(&request.root, Some(rules::root_size(request))));
+    let volumes =
+        std::iter::once(root).chain(request.volumes.iter().map(added_in_words)).collect::<Vec<_>>().join("; ");
     format!(
-        "register {}: {}, boot mode {}, hvm{has}, root {} on {}{volumes}; tags {}",
+        "register {}: {}, boot mode {}, {has}, {volumes}; tags {}",
         begins(job),
         architecture(request.arch),
         boot_mode(rules::boot_mode(request)),
-        request.root_device,
-        ebs_in_words(&request.root, Some(rules::root_size(request))),
         rules::tag_pairs(request).iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(", "),
     )
 }

@@ -76,6 +76,7 @@ pub enum Architecture {
 }
 
 /// What to publish, and where to.
+#[expect(clippy::struct_excessive_bools, reason = "each is a setting of its own")]
 #[derive(Debug, Clone)]
 pub struct Request {
     /// The raw disk. It is only read.

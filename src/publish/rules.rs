@@ -10,7 +10,7 @@ use crate::error::{Error, Exit};
 use crate::recipe::Release;
 use crate::recipe::aws::{self, Refusal};
 use crate::recipe::volume::{self, VolumeKind};
-use crate::recipe::{Ebs, encryption};
+use crate::recipe::{Ebs, Encryption, encryption};
 use crate::units::hex;
 
 /// The tag with the disk's digest.
@@ -95,7 +95,7 @@ fn volumes(request: &Request) -> Result<(), Error> {
 
 /// How KMS keys are named; whether they fit a region is for [`key_fits`].
 fn keys(request: &Request) -> Result<(), Error> {
-    for key in request.encryption.iter().flat_map(|encryption| encryption.keys()) {
+    for key in request.encryption.iter().flat_map(Encryption::keys) {
         encryption::kms_key(key).map_err(refused)?;
         if request.via != Via::S3 {
             encryption::kms_key_for_ebs_direct(key).map_err(refused)?;
@@ -224,10 +224,10 @@ pub(super) fn settings(request: &Request, region: &str) -> String {
     let plain_root = Ebs { volume_type, ..Ebs::default() };
     add("root", (root != plain_root).then(|| json!(root)));
     add("volumes", (!request.volumes.is_empty()).then(|| json!(request.volumes)));
-    add("tpm", request.tpm.then(|| json!(true)));
+    add("tpm", request.tpm.then_some(Value::Bool(true)));
     add("uefi_data", request.uefi_data.as_ref().map(|data| json!(data)));
-    add("sriov", request.sriov.then(|| json!(true)));
-    add("ena", (!request.ena).then(|| json!(false)));
+    add("sriov", request.sriov.then_some(Value::Bool(true)));
+    add("ena", (!request.ena).then_some(Value::Bool(false)));
     add("encryption", encryption(request, region).map(|encryption| json!(encryption)));
     add("snapshot_tags", (!snapshot_tags.is_empty()).then(|| json!(snapshot_tags)));
     let text = if let [only] = &all[..] { only.to_string() } else { json!(all).to_string() };
@@ -292,7 +292,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::recipe::{Encryption, Volume, VolumeType};
+    use crate::recipe::{Volume, VolumeType};
 
     fn request() -> Request {
         Request {
@@ -393,8 +393,8 @@ mod tests {
         Volume { device: device.to_owned(), kind: VolumeKind::Empty { encrypted: None, ebs } }
     }
 
-    fn keyed(key: &str) -> Option<Encryption> {
-        Some(Encryption { kms_key: Some(key.to_owned()), ..Encryption::default() })
+    fn keyed(key: &str) -> Encryption {
+        Encryption { kms_key: Some(key.to_owned()), ..Encryption::default() }
     }
 
     #[test]
@@ -426,8 +426,8 @@ mod tests {
         let large = |r: &mut Request| r.volumes = vec![added("/dev/sdf", Ebs { size: Some(65_537), ..Ebs::default() })];
         assert_eq!(refused(large), "a volume of type gp3 can't have 65537 GiB");
 
-        assert_eq!(refused(|r| r.encryption = keyed("mine")), "`mine` is not a KMS key");
-        let direct = refused(|r| (r.encryption, r.via) = (keyed("alias/mine"), Via::Ebs));
+        assert_eq!(refused(|r| r.encryption = Some(keyed("mine"))), "`mine` is not a KMS key");
+        let direct = refused(|r| (r.encryption, r.via) = (Some(keyed("alias/mine")), Via::Ebs));
         assert_eq!(direct, "EBS direct takes a KMS key only by its ARN, and `alias/mine` is none");
         let many = |r: &mut Request| {
             r.tags = (0..40).map(|n| (format!("a{n}"), String::new())).collect();
@@ -439,7 +439,7 @@ mod tests {
     #[test]
     fn a_key_is_one_of_its_region() {
         let arn = "arn:aws:kms:eu-west-1:123456789012:key/1234abcd-12ab-34cd-56ef-1234567890ab";
-        let request = Request { encryption: keyed(arn), ..request() };
+        let request = Request { encryption: Some(keyed(arn)), ..request() };
         assert_eq!(kms_key(&request, "eu-west-1"), Some(arn));
         key_fits(&request, "eu-west-1").unwrap();
         key_fits(&request, "us-east-1").unwrap_err();
@@ -452,7 +452,7 @@ mod tests {
 
     #[test]
     fn a_snapshots_own_tags_win_and_tell_its_encryption() {
-        let mut request = Request { encryption: keyed("alias/mine"), ..request() };
+        let mut request = Request { encryption: Some(keyed("alias/mine")), ..request() };
         request.tags =
             [("team", "web"), ("use", "image")].map(|(key, value)| (key.to_owned(), value.to_owned())).into();
         request.snapshot_tags.insert("use".to_owned(), "snapshot".to_owned());
@@ -499,7 +499,7 @@ mod tests {
             &|r| r.sriov = true,
             &|r| r.ena = false,
             &|r| r.encryption = Some(elsewhere.clone()),
-            &|r| r.encryption = keyed("alias/a"),
+            &|r| r.encryption = Some(keyed("alias/a")),
         ];
         let mut all: Vec<_> = changes.iter().map(|change| settings(change)).chain([same]).collect();
         all.sort();

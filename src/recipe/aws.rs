@@ -109,7 +109,7 @@ pub fn tag_count(tags: usize, encrypted: bool) -> Result<(), Refusal> {
     Err(Refusal::new(format!("{tags} tags are too many"), help))
 }
 
-/// Whether instances that boot by `mode` can have a TPM 2.0 (NitroTPM).
+/// Whether instances that boot by `mode` can have a TPM 2.0 (`NitroTPM`).
 ///
 /// # Errors
 /// When they can't.

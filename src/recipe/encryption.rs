@@ -62,7 +62,9 @@ fn is_id(text: &str) -> bool {
     let groups: Vec<&str> = text.split('-').collect();
     match groups[..] {
         ["mrk", digits] => hex(digits, 32),
-        [a, b, c, d, e] => hex(a, 8) && [b, c, d].into_iter().all(|group| hex(group, 4)) && hex(e, 12),
+        [first, ref middle @ .., last] if middle.len() == 3 => {
+            hex(first, 8) && middle.iter().all(|group| hex(group, 4)) && hex(last, 12)
+        }
         _ => false,
     }
 }

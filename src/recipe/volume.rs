@@ -349,7 +349,7 @@ fn disk_of(device: &str) -> &str {
 /// When it can't.
 pub fn instance_store(text: &str, before: &[Volume]) -> Result<(), Refusal> {
     let number = text.strip_prefix("ephemeral").filter(|number| !number.starts_with('0') || *number == "0");
-    if !number.and_then(|number| number.parse::<u8>().ok()).is_some_and(|number| number < 24) {
+    if number.and_then(|number| number.parse::<u8>().ok()).is_none_or(|number| number > 23) {
         return Err(Refusal {
             message: format!("`{text}` can't be the name of an instance store volume"),
             help: "they are called `ephemeral0` to `ephemeral23`".to_owned(),
