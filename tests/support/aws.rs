@@ -85,18 +85,42 @@ impl Aws {
         self.control("POST", "import", Some(&json!({})));
         self.control("POST", "images", Some(&json!({})));
         self.control("POST", "snapshots", Some(&json!({})));
+        self.control("POST", "copies", Some(&json!({})));
     }
 
     /// From now on new snapshots are encrypted, as an account's owner may choose.
     #[track_caller]
     pub(crate) fn encrypt_by_default(&self) {
-        let credential = "Credential=test/20260101/us-east-1/ec2/aws4_request";
+        self.ec2("us-east-1", "EnableEbsEncryptionByDefault", &[]);
+    }
+
+    /// A call of EC2 that isn't kiln's: its answer, which is XML.
+    #[track_caller]
+    pub(crate) fn ec2(&self, region: &str, action: &str, parameters: &[(&str, &str)]) -> String {
+        let mut arguments = vec!["--data-urlencode".to_owned(), format!("Action={action}")];
+        for (name, value) in [&[("Version", "2016-11-15")], parameters].concat() {
+            arguments.extend(["--data-urlencode".to_owned(), format!("{name}={value}")]);
+        }
+        self.signed("ec2", region, "", &arguments)
+    }
+
+    /// A call of S3 that isn't kiln's.
+    #[track_caller]
+    pub(crate) fn s3(&self, method: &str, path: &str, arguments: &[&str]) -> String {
+        let arguments: Vec<String> = ["-X", method].iter().chain(arguments).map(|text| (*text).to_owned()).collect();
+        self.signed("s3", "us-east-1", path, &arguments)
+    }
+
+    #[track_caller]
+    fn signed(&self, service: &str, region: &str, path: &str, arguments: &[String]) -> String {
+        let credential = format!("Credential=test/20260101/{region}/{service}/aws4_request");
         let mut curl = Command::new("curl");
-        curl.args(["-sS", "--fail-with-body", "--max-time", "30"]);
+        curl.args(["-sS", "--fail-with-body", "--max-time", "30"]).args(arguments);
         curl.args(["-H", &format!("Authorization: AWS4-HMAC-SHA256 {credential}, SignedHeaders=host, Signature=0")]);
-        curl.args(["-d", "Action=EnableEbsEncryptionByDefault&Version=2016-11-15", self.url()]);
-        let output = curl.output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        let output = curl.arg(format!("{}/{path}", self.url())).output().unwrap();
+        let answer = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{service} {arguments:?}: {answer}");
+        answer
     }
 
     /// The calls so far of this action, e.g. `ec2:RegisterImage`; all of them for an empty one.
