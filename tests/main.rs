@@ -5,6 +5,7 @@
 mod cli;
 mod failures;
 mod kills;
+mod life;
 mod many;
 mod memory;
 mod publish;

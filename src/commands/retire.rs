@@ -9,7 +9,7 @@ use kiln::units::{GIB, Size};
 use serde_json::json;
 
 use super::cache::ago;
-use super::table::table;
+use super::table::{counted, table};
 use super::{Context, account, duration};
 
 /// Shows what would go, asks, and retires it; prints `REGION AMI-ID` for each image that was.
@@ -30,7 +30,8 @@ pub(super) fn run(context: &Context<'_>, arguments: &Retire) -> Result<(), Error
             return outcome(failed);
         }
         let count: usize = plans.iter().map(|(_, plan)| plan.images.len()).sum();
-        let question = format!("{} {count} image(s)?", if rule.deprecate_only { "deprecate" } else { "deregister" });
+        let verb = if rule.deprecate_only { "deprecate" } else { "deregister" };
+        let question = format!("{verb} {}?", counted(count, "image"));
         if count == 0 || arguments.yes {
             context.ui.summary(&text);
         } else if !account::confirm(context, &text, &question)? {

@@ -7,7 +7,7 @@ use kiln::units::Size;
 use serde_json::json;
 
 use super::cache::ago;
-use super::table::table;
+use super::table::{counted, table};
 use super::{Context, account, duration};
 
 /// Shows what is left, asks, and deletes it; prints what is gone.
@@ -28,7 +28,7 @@ pub(super) fn run(context: &Context<'_>, arguments: &Sweep) -> Result<(), Error>
             context.ui.summary(&format!("nothing older than {} is left{hint}\n", arguments.older));
         } else if arguments.yes {
             context.ui.summary(&text);
-        } else if !account::confirm(context, &text, &format!("delete {} thing(s)?", leftovers.len()))? {
+        } else if !account::confirm(context, &text, &format!("delete {}?", counted(leftovers.len(), "thing")))? {
             context.ui.summary("nothing was changed\n");
             return outcome(failed);
         }

@@ -18,6 +18,11 @@ pub(super) fn table<const N: usize>(headings: [&str; N], rows: &[[String; N]]) -
     text
 }
 
+/// `1 image`, `2 images`.
+pub(super) fn counted(count: usize, thing: &str) -> String {
+    format!("{count} {thing}{}", if count == 1 { "" } else { "s" })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

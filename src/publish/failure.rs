@@ -345,7 +345,7 @@ fn denied(failure: &Failure, short: &str, target: &Target) -> Error {
 fn permission(call: &'static str) -> &'static str {
     match call {
         "s3:CreateMultipartUpload" | "s3:UploadPart" | "s3:CompleteMultipartUpload" => "s3:PutObject",
-        "s3:HeadBucket" => "s3:ListBucket",
+        "s3:HeadBucket" | "s3:ListObjectsV2" => "s3:ListBucket",
         "s3:HeadObject" => "s3:GetObject",
         "s3:ListParts" => "s3:ListMultipartUploadParts",
         "s3:ListMultipartUploads" => "s3:ListBucketMultipartUploads",

@@ -175,7 +175,7 @@ fn explain(place: &Place, id: &str, failure: Failure) -> Error {
         )
         .help(format!(
             "copy the image with a key of your own, and let the other accounts use that: `kiln copy IMAGE --to {region} \
-             --kms-key KEY --name NAME`"
+             --kms-key KEY --image-name NAME`"
         ));
     }
     place.error(failure)

@@ -109,7 +109,7 @@ virtual = "ephemeral0"
 
     stage.publish().run().succeeded();
     let (image, snapshot, digest) = (last(&stage, "image_id"), last(&stage, "snapshot_id"), last(&stage, "digest"));
-    let xml = stage.aws.ec2("DescribeImages", &[("ImageId.1", &image)]);
+    let xml = stage.aws.ec2("us-east-1", "DescribeImages", &[("ImageId.1", &image)]);
     let described: Vec<_> = [
         "description",
         "bootMode",
@@ -141,13 +141,13 @@ virtual = "ephemeral0"
     <ebs><deleteOnTermination>false</deleteOnTermination><snapshotId>EARLIER</snapshotId><volumeSize>1</volumeSize><volumeType>gp2</volumeType><encrypted>false</encrypted></ebs><deviceName>/dev/sdg</deviceName>
     <deviceName>/dev/sdh</deviceName><virtualName>ephemeral0</virtualName>
     ");
-    let data = stage.aws.ec2("DescribeImageAttribute", &[("ImageId", &image), ("Attribute", "uefiData")]);
+    let data = stage.aws.ec2("us-east-1", "DescribeImageAttribute", &[("ImageId", &image), ("Attribute", "uefiData")]);
     assert_eq!(text(only(&data, "uefiData"), "value"), "QU1aTlVFRkkBAgMEAAAAAHZhcmlhYmxlcw==");
 
     let own = |tags: Vec<String>| -> Vec<_> { tags.into_iter().filter(|tag| !tag.starts_with("kiln:")).collect() };
     let disk = format!("disk={}", &digest[..8]);
     assert_eq!(own(tags(&xml)), ["Name=web-2", &disk, "team=web"]);
-    let snapshots = stage.aws.ec2("DescribeSnapshots", &[("SnapshotId.1", &snapshot)]);
+    let snapshots = stage.aws.ec2("us-east-1", "DescribeSnapshots", &[("SnapshotId.1", &snapshot)]);
     assert_eq!(own(tags(&snapshots)), ["Name=web-2", "backup=web", &disk, "team=storage"]);
 
     // The same again is found, with one thing changed it is not.
@@ -166,12 +166,16 @@ fn dates_in_texts_make_no_other_image() {
                   tags = { built = \"{date}T{time}\" }\n";
     let stage = Stage::of(recipe);
     let image = stage.published(stage.publish().run());
-    let xml = stage.aws.ec2("DescribeImages", &[("ImageId.1", &image)]);
+    let xml = stage.aws.ec2("us-east-1", "DescribeImages", &[("ImageId.1", &image)]);
     let description = text(&xml, "description");
     assert!(description.starts_with("of 20") && description.len() == "of 2026-11-28 001122".len(), "{description}");
     assert!(tags(&xml).iter().any(|tag| tag.starts_with("built=20") && tag.contains('T')), "{xml}");
     // What an image of another moment would have been registered with.
-    stage.aws.ec2("CreateTags", &[("ResourceId.1", &image), ("Tag.1.Key", "built"), ("Tag.1.Value", "earlier")]);
+    stage.aws.ec2(
+        "us-east-1",
+        "CreateTags",
+        &[("ResourceId.1", &image), ("Tag.1.Key", "built"), ("Tag.1.Value", "earlier")],
+    );
     assert_eq!(stage.published(stage.publish().run()), image);
     stage.bench.manifest(|manifest| manifest["publish"]["tags"]["built"] = json!("{dat}"));
     insta::assert_snapshot!(stage.publish().run().failed(3), @r"
@@ -284,7 +288,7 @@ fn an_encrypted_import_has_the_key_and_no_other_is_taken_for_it() {
     let register = parameters(&stage, "ec2:RegisterImage");
     assert!(register.get("BlockDeviceMapping.1.Ebs.Encrypted").is_none(), "{register}");
     let snapshot = last(&stage, "snapshot_id");
-    let xml = stage.aws.ec2("DescribeSnapshots", &[("SnapshotId.1", &snapshot)]);
+    let xml = stage.aws.ec2("us-east-1", "DescribeSnapshots", &[("SnapshotId.1", &snapshot)]);
     assert_eq!([text(&xml, "encrypted"), text(&xml, "kmsKeyId")], ["true", &arn]);
     assert!(tags(&xml).contains(&"kiln:encryption=alias/mine".to_owned()), "{xml}");
     stage.assert_arrived();
@@ -304,7 +308,7 @@ fn an_encrypted_import_has_the_key_and_no_other_is_taken_for_it() {
     assert_eq!(imports(), 2, "neither the plain one nor that of another key");
     let default = last(&stage, "snapshot_id");
     assert!(default != plain && default != snapshot);
-    let xml = stage.aws.ec2("DescribeSnapshots", &[("SnapshotId.1", &default)]);
+    let xml = stage.aws.ec2("us-east-1", "DescribeSnapshots", &[("SnapshotId.1", &default)]);
     assert_eq!(text(&xml, "encrypted"), "true");
     stage.publish().args(["--encrypted", "--image-name", "web-5"]).run().succeeded();
     assert_eq!((imports(), last(&stage, "snapshot_id")), (2, default));
@@ -346,7 +350,7 @@ fn blocks_are_encrypted_with_the_key_and_built_on_no_other() {
         stage.aws.reset();
         stage.publish().args(["--image-name", name, "--kms-key", key]).run().succeeded();
         stage.assert_arrived();
-        let xml = stage.aws.ec2("DescribeSnapshots", &[("SnapshotId.1", &last(&stage, "snapshot_id"))]);
+        let xml = stage.aws.ec2("us-east-1", "DescribeSnapshots", &[("SnapshotId.1", &last(&stage, "snapshot_id"))]);
         assert_eq!([text(&xml, "encrypted"), text(&xml, "kmsKeyId")], ["true", key]);
     };
     publish("web-1", &first);

@@ -85,6 +85,7 @@ impl Aws {
         self.control("POST", "import", Some(&json!({})));
         self.control("POST", "images", Some(&json!({})));
         self.control("POST", "snapshots", Some(&json!({})));
+        self.control("POST", "copies", Some(&json!({})));
     }
 
     /// Forgets everything that was ever made, faults, scripts and the log too; buckets and roles stay.
@@ -119,15 +120,17 @@ impl Aws {
     /// From now on new snapshots are encrypted, as an account's owner may choose.
     #[track_caller]
     pub(crate) fn encrypt_by_default(&self) {
-        self.ec2("EnableEbsEncryptionByDefault", &[]);
+        self.ec2("us-east-1", "EnableEbsEncryptionByDefault", &[]);
     }
 
-    /// A call of EC2's, as any other client makes it, and its answer as XML.
+    /// A call of EC2 that isn't kiln's: its answer, which is XML.
     #[track_caller]
-    pub(crate) fn ec2(&self, action: &str, parameters: &[(&str, &str)]) -> String {
-        let all = [("Action", action), ("Version", "2016-11-15")].into_iter().chain(parameters.iter().copied());
-        let body: Vec<_> = all.flat_map(|(key, value)| ["-d".to_owned(), format!("{key}={value}")]).collect();
-        self.call("ec2", &body)
+    pub(crate) fn ec2(&self, region: &str, action: &str, parameters: &[(&str, &str)]) -> String {
+        let mut arguments = vec!["--data-urlencode".to_owned(), format!("Action={action}")];
+        for (name, value) in [&[("Version", "2016-11-15")], parameters].concat() {
+            arguments.extend(["--data-urlencode".to_owned(), format!("{name}={value}")]);
+        }
+        self.signed("ec2", region, "", &arguments)
     }
 
     /// Makes a KMS key with this alias, and returns its ARN.
@@ -136,23 +139,30 @@ impl Aws {
         let call = |action: &str, body: Value| {
             let target = format!("X-Amz-Target: TrentService.{action}");
             let headers = ["-H", "Content-Type: application/x-amz-json-1.1", "-H", &target, "-d", &body.to_string()];
-            self.call("kms", &headers.map(str::to_owned))
+            self.signed("kms", "us-east-1", "", &headers.map(str::to_owned))
         };
         let made: Value = serde_json::from_str(&call("CreateKey", json!({}))).unwrap();
         call("CreateAlias", json!({ "AliasName": alias, "TargetKeyId": made["KeyMetadata"]["KeyId"] }));
         made["KeyMetadata"]["Arn"].as_str().unwrap().to_owned()
     }
 
+    /// A call of S3 that isn't kiln's.
     #[track_caller]
-    fn call(&self, service: &str, arguments: &[String]) -> String {
-        let credential = format!("Credential=test/20260101/us-east-1/{service}/aws4_request");
+    pub(crate) fn s3(&self, method: &str, path: &str, arguments: &[&str]) -> String {
+        let arguments: Vec<String> = ["-X", method].iter().chain(arguments).map(|text| (*text).to_owned()).collect();
+        self.signed("s3", "us-east-1", path, &arguments)
+    }
+
+    #[track_caller]
+    fn signed(&self, service: &str, region: &str, path: &str, arguments: &[String]) -> String {
+        let credential = format!("Credential=test/20260101/{region}/{service}/aws4_request");
         let mut curl = Command::new("curl");
-        curl.args(["-sS", "--fail-with-body", "--max-time", "30"]);
+        curl.args(["-sS", "--fail-with-body", "--max-time", "30"]).args(arguments);
         curl.args(["-H", &format!("Authorization: AWS4-HMAC-SHA256 {credential}, SignedHeaders=host, Signature=0")]);
-        let output = curl.args(arguments).arg(self.url()).output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(output.status.success(), "{service} {arguments:?}: {text}");
-        text
+        let output = curl.arg(format!("{}/{path}", self.url())).output().unwrap();
+        let answer = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{service} {arguments:?}: {answer}");
+        answer
     }
 
     /// The calls so far of this action, e.g. `ec2:RegisterImage`; all of them for an empty one.

@@ -301,7 +301,7 @@ impl Account<'_> {
         let mut all = self.everywhere(LIFE, |place| async move { Box::pin(sweep::in_region(&place, older)).await });
         if let (Some(bucket), Some(place)) = (bucket, self.places(LIFE).into_iter().next()) {
             let found = self.run(Box::pin(sweep::in_bucket(&place, bucket, older)));
-            all.push((format!("s3://{bucket}"), found));
+            all.push((bucket.to_owned(), found));
         }
         InRegions::of(all)
     }

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, SystemTime};
 
-use aws_sdk_ec2::primitives::DateTime;
+use aws_sdk_ec2::primitives::{DateTime, DateTimeFormat};
 use aws_sdk_ec2::types::{Filter, Image as Found, ImageState};
 use serde::Serialize;
 use tokio::time::timeout;
@@ -245,17 +245,14 @@ async fn retire(
     Ok(())
 }
 
-/// Nothing, if it is deprecated already.
+/// Nothing, if it is deprecated already, or about to be.
 async fn deprecate(place: &Place, image: &Image) -> Result<(), Failure> {
-    let (now, at) = (DateTime::from(SystemTime::now()), DateTime::from(SystemTime::now() + SOON));
-    let when = image
-        .deprecated
-        .as_ref()
-        .and_then(|date| DateTime::from_str(date, aws_sdk_ec2::primitives::DateTimeFormat::DateTime).ok());
-    if when.is_some_and(|when| when <= now || when <= at) {
+    let at = |after| DateTime::from(SystemTime::now() + after);
+    let date = image.deprecated.as_deref().map(|date| DateTime::from_str(date, DateTimeFormat::DateTime));
+    if date.is_some_and(|date| date.is_ok_and(|date| date <= at(SOON + Duration::from_mins(1)))) {
         return Ok(());
     }
-    let call = place.clients.ec2.enable_image_deprecation().image_id(&image.image_id).deprecate_at(at);
+    let call = place.clients.ec2.enable_image_deprecation().image_id(&image.image_id).deprecate_at(at(SOON));
     call.send().await.map(|_| ()).map_err(place.clients.failed("ec2:EnableImageDeprecation"))
 }
 
