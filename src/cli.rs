@@ -256,6 +256,7 @@ pub struct Shell {
 
 /// `kiln publish`.
 #[derive(Debug, Args)]
+#[allow(clippy::struct_excessive_bools)] // each is a flag of its own
 pub struct Publish {
     /// The output folder of a build
     pub outdir: PathBuf,

@@ -55,11 +55,11 @@ const NO_SNAPSHOT: &str = "snap-00000000000000000";
 pub(super) async fn check(job: &Job<'_>) -> Result<Vec<Checked>, Error> {
     let mut all = Vec::new();
     let mut note = |what: &str, verdict: Verdict| all.push(Checked { what: what.to_owned(), verdict });
-    note("name", good(job, async { name(job).await }).await?);
+    note("name", good(job, Box::pin(name(job))).await?);
     let sends = matches!(job.source, Source::Disk(_));
     if sends && job.request.via != Via::Ebs && !job.target.bucket.is_empty() {
-        note("bucket", good(job, async { bucket(job).await }).await?);
-        note("import role", good(job, async { role(job).await }).await?);
+        note("bucket", good(job, Box::pin(bucket(job))).await?);
+        note("import role", good(job, Box::pin(role(job))).await?);
         let detail = "s3:PutObject and the like can't be asked for without an object".to_owned();
         note("upload", Verdict::Unknown { detail });
     }

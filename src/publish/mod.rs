@@ -358,8 +358,8 @@ async fn steps(
 
 async fn registered(job: &Job<'_>, snapshot: &str, old: &[Old], undo: &mut Undo) -> Result<String, Error> {
     match old {
-        [] => image::register(job, &job.target.image_name, snapshot, undo).await,
-        old => replace::register(job, snapshot, old, undo).await,
+        [] => Box::pin(image::register(job, &job.target.image_name, snapshot, undo)).await,
+        old => Box::pin(replace::register(job, snapshot, old, undo)).await,
     }
 }
 

@@ -26,7 +26,7 @@ pub(super) async fn set(job: &Job<'_>, name: &str, image: &str) -> Result<(), Er
         let call = call.r#type(ParameterType::String).data_type(IMAGE).overwrite(true);
         call.send().await.map(|_| ()).map_err(job.clients.failed("ssm:PutParameter"))
     };
-    job.call("the parameter", put).await?;
+    job.call("the parameter", Box::pin(put)).await?;
     let until = Instant::now() + import::settling(job.request.poll);
     while value(job, name).await?.as_deref() != Some(image) {
         if Instant::now() >= until {

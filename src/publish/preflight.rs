@@ -44,7 +44,7 @@ pub(super) async fn check(job: &Job<'_>) -> Result<Before, Error> {
     let found = Box::pin(found::look(job)).await?;
     let mut before = Before { found, old: Vec::new(), interim: None };
     if !matches!(before.found, Found::Image(_)) {
-        name_is_free(job, &mut before).await?;
+        Box::pin(name_is_free(job, &mut before)).await?;
     }
     if before.found == Found::Nothing && goes_through_bucket(job) {
         bucket(job).await?;

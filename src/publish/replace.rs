@@ -37,7 +37,7 @@ pub(super) fn interim_name(name: &str) -> String {
 /// Registers the snapshot under the name that `old` has, and takes the old image away.
 pub(super) async fn register(job: &Job<'_>, snapshot: &str, old: &[Old], undo: &mut Undo) -> Result<String, Error> {
     let (name, interim) = (&job.target.image_name, interim_name(&job.target.image_name));
-    let first = image::register(job, &interim, snapshot, undo).await?;
+    let first = Box::pin(image::register(job, &interim, snapshot, undo)).await?;
     for one in old {
         job.events.note(format!("image {first} is available: deregistering {} of the name `{name}`", one.id));
         deregister(job, &one.id).await?;
@@ -45,7 +45,7 @@ pub(super) async fn register(job: &Job<'_>, snapshot: &str, old: &[Old], undo: &
         undo.settle();
     }
     let words = || format!("the new image is {first}, named `{interim}`; publish again to give it its name");
-    let id = image::register(job, name, snapshot, undo).await.map_err(|error| error.with_note(words()))?;
+    let id = Box::pin(image::register(job, name, snapshot, undo)).await.map_err(|error| error.with_note(words()))?;
     remove_interim(job, &first).await;
     for one in old {
         delete_snapshots(job, one, snapshot).await;
