@@ -256,7 +256,7 @@ pub struct Shell {
 
 /// `kiln publish`.
 #[derive(Debug, Args)]
-#[allow(clippy::struct_excessive_bools)] // each is a flag of its own
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub struct Publish {
     /// The output folder of a build
     pub outdir: PathBuf,

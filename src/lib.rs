@@ -26,7 +26,7 @@
 //! | [`vm`] | machine specs, QEMU and its monitor, the agent's protocol, the accelerator's probe, the network's filter |
 //! | [`disk`] | partition tables, filesystems, overlays, block maps: disks as bytes |
 //! | [`rehearse`] | booting a built disk as an instance would |
-//! | [`publish`] | S3 and EC2, with an undo for everything that is made |
+//! | [`publish`] | S3 and EC2, with an undo for everything that is made; [`publish::life`]: images after they were published |
 //! | [`event`], [`ui`] | what happened; how it is shown |
 //! | [`exec`], [`cancel`], [`error`], [`units`] | processes, stopping, failures, sizes and durations |
 //!

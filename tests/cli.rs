@@ -162,8 +162,9 @@ fn wrong_words_are_usage_errors() {
 #[test]
 fn every_command_has_help() {
     let bench = Bench::empty();
-    for command in ["init", "build", "plan", "test", "run", "publish", "provisioners", "doctor", "completions"] {
-        let help = bench.kiln([command, "--help"]).run().succeeded();
+    let builds = ["init", "build", "plan", "test", "run", "publish", "provisioners", "doctor", "completions"];
+    for command in builds.iter().chain(&["images", "share", "copy", "retire", "sweep"]) {
+        let help = bench.kiln([*command, "--help"]).run().succeeded();
         assert!(help.contains(&format!("Usage: kiln {command}")), "{help}");
     }
     let help = bench.kiln(["--help"]).run().succeeded();

@@ -40,7 +40,7 @@ fn snapshots_without_an_image_go_when_they_are_old() {
     assert_eq!(ran.stderr, "nothing older than 1d is left; with --bucket kiln looks in a bucket too\n");
     let lines = sweep(&stage, &["--older", "0s", "--yes"]).run().succeeded();
     assert_eq!(lines, format!("us-east-1 snapshot {kept}\n"));
-    assert_eq!(stage.ids()[0], [stage.image.clone()]);
+    assert_eq!(stage.ids()[0], std::slice::from_ref(&stage.image));
     assert_eq!(stage.ids()[1].len(), 2, "the image's, and the one without kiln's tags");
 }
 
