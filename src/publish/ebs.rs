@@ -84,14 +84,13 @@ pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo, journal: &mut Option<
     let file = upload::open_disk(job)?;
     let before = upload::identity(job, &file)?;
     let map = block_map(job)?;
-    let (journal, begun, blocks) = match Box::pin(take_up(job, undo, &map)).await? {
-        Some((left, begun, blocks)) => (journal.insert(left), begun, blocks),
-        None => {
-            let journal = journal.insert(Journal::ask(&job.request.disk, &job.target.region, &job.target.run));
-            let (begun, blocks) = Box::pin(start(job, undo, &map)).await?;
-            journal.begin(&begun);
-            (journal, begun, blocks)
-        }
+    let (journal, begun, blocks) = if let Some((left, begun, blocks)) = Box::pin(take_up(job, undo, &map)).await? {
+        (journal.insert(left), begun, blocks)
+    } else {
+        let journal = journal.insert(Journal::ask(&job.request.disk, &job.target.region, &job.target.run));
+        let (begun, blocks) = Box::pin(start(job, undo, &map)).await?;
+        journal.begin(&begun);
+        (journal, begun, blocks)
     };
     let kept = blocks.iter().filter(|(index, _)| journal.is_sealed() || journal.has(*index)).count();
     let snapshot = begun.snapshot;
