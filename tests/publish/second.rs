@@ -1,5 +1,5 @@
 //! An endpoint by other people, so that kiln and our own don't agree on the same mistake. `ministack` has what a publish
-//! takes of S3, and RegisterImage; it has neither ImportSnapshot nor the EBS direct APIs.
+//! takes of S3, and `RegisterImage`; it has neither `ImportSnapshot` nor the EBS direct APIs.
 
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
@@ -44,38 +44,35 @@ impl Ministack {
             .unwrap();
         let ministack = Self { server, url: format!("http://127.0.0.1:{port}"), _folder: folder };
         wait_until("ministack", || TcpStream::connect(("127.0.0.1", port)).is_ok());
-        ministack.ask(&["-X", "PUT", &format!("{}/images", ministack.url)]);
+        ask(&["-X", "PUT", &format!("{}/images", ministack.url)]);
         ministack
-    }
-
-    #[track_caller]
-    fn ask(&self, arguments: &[&str]) -> String {
-        let credential = "Credential=test/20260101/us-east-1/ec2/aws4_request";
-        let mut curl = Command::new("curl");
-        curl.args(["-sS", "--fail-with-body", "--max-time", "30"]);
-        if arguments.contains(&"-d") {
-            curl.args([
-                "-H",
-                &format!("Authorization: AWS4-HMAC-SHA256 {credential}, SignedHeaders=host, Signature=0"),
-            ]);
-        }
-        let output = curl.args(arguments).output().unwrap();
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
-        text
     }
 
     /// A call of EC2, written as for an URL.
     #[track_caller]
     fn ec2(&self, call: &str) -> String {
-        self.ask(&["-d", &format!("{call}&Version=2016-11-15"), &self.url])
+        ask(&["-d", &format!("{call}&Version=2016-11-15"), &self.url])
     }
 
     /// The keys in the bucket.
     fn keys(&self) -> Vec<String> {
-        let list = self.ask(&[&format!("{}/images?list-type=2", self.url)]);
+        let list = ask(&[&format!("{}/images?list-type=2", self.url)]);
         list.split("<Key>").skip(1).map(|rest| rest.split('<').next().unwrap().to_owned()).collect()
     }
+}
+
+#[track_caller]
+fn ask(arguments: &[&str]) -> String {
+    let credential = "Credential=test/20260101/us-east-1/ec2/aws4_request";
+    let mut curl = Command::new("curl");
+    curl.args(["-sS", "--fail-with-body", "--max-time", "30"]);
+    if arguments.contains(&"-d") {
+        curl.args(["-H", &format!("Authorization: AWS4-HMAC-SHA256 {credential}, SignedHeaders=host, Signature=0")]);
+    }
+    let output = curl.args(arguments).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    text
 }
 
 impl Drop for Ministack {
@@ -111,7 +108,7 @@ fn the_object_arrives_at_a_second_endpoint_and_is_taken_back() {
     let said = kiln.end().failed(130);
     assert!(!said.contains("left behind"), "{said}");
     assert_eq!(ministack.keys(), [""; 0]);
-    let uploads = ministack.ask(&[&format!("{}/images?uploads", ministack.url)]);
+    let uploads = ask(&[&format!("{}/images?uploads", ministack.url)]);
     assert!(!uploads.contains("<UploadId>"), "{uploads}");
 }
 

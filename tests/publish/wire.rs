@@ -153,7 +153,7 @@ fn a_page_is_no_answer() {
 #[test]
 fn lines_that_stall_and_crawl_are_waited_for() {
     for (way, after) in [(Way::Request, 90), (Way::Answer, 20)] {
-        for deed in [Deed::Stall(Duration::from_secs(1)), Deed::Crawl(Duration::from_millis(20))] {
+        for deed in [Deed::Stall(Duration::from_secs(1)), Deed::Crawl(Duration::from_millis(5))] {
             assert_survives(way, after, deed);
         }
     }

@@ -12,8 +12,6 @@ use std::time::{Duration, Instant};
 const LIMIT: Duration = Duration::from_secs(120);
 /// Bodies up to this size are read before the request is judged: calls of EC2 have their action there.
 const SMALL: usize = 64 << 10;
-/// A crawling line carries so much at a time.
-const CRAWL: usize = 32 << 10;
 
 /// Which way the bytes go.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -31,7 +29,7 @@ pub(crate) enum Deed {
     Cut,
     /// Nothing moves for so long, then all goes on.
     Stall(Duration),
-    /// They come in small pieces, with a pause before each.
+    /// They come in pieces, a quarter of what was sent, with a pause before each.
     Crawl(Duration),
     /// These come in their place, and the connection ends.
     Replace(&'static [u8]),
@@ -210,7 +208,7 @@ impl Shared {
             }
             Deed::Stall(time) if self.wait(time) => over(),
             Deed::Stall(_) => to.write_all(rest),
-            Deed::Crawl(pause) => rest.chunks(CRAWL.min(rest.len().div_ceil(8).max(1))).try_for_each(|piece| {
+            Deed::Crawl(pause) => rest.chunks(rest.len().div_ceil(4).max(1)).try_for_each(|piece| {
                 if self.wait(pause) {
                     return over();
                 }
