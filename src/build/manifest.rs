@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Exit};
-use crate::recipe::{Recipe, Via, VolumeType};
+use crate::recipe::{DiskFormat, Recipe, Via, VolumeType};
 
 /// The version of this format. A change that breaks readers raises it.
 pub const SCHEMA: u32 = 1;
@@ -159,6 +159,29 @@ pub struct PublishFacts {
     /// How the disk becomes a snapshot: `s3` or `ebs`. Early manifests don't have it.
     #[serde(default = "default_via")]
     pub via: String,
+    /// How the disk is uploaded, if not in the usual way.
+    #[serde(default, skip_serializing_if = "UploadFacts::are_usual")]
+    pub upload: UploadFacts,
+}
+
+/// How a disk is an object in a bucket.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct UploadFacts {
+    /// `raw` or `vmdk`; none: `raw`.
+    pub disk_format: Option<String>,
+    /// `AES256` or `aws:kms`; none: as the bucket has it.
+    pub sse: Option<String>,
+    /// The KMS key.
+    pub sse_kms_key: Option<String>,
+    /// The object stays when it is imported.
+    pub keep_object: bool,
+}
+
+impl UploadFacts {
+    fn are_usual(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 fn default_via() -> String {
@@ -187,6 +210,13 @@ impl PublishFacts {
             tags: publish.tags.clone(),
             role: publish.role.clone(),
             via: publish.via.as_str().to_owned(),
+            upload: UploadFacts {
+                disk_format: (publish.disk_format != DiskFormat::default())
+                    .then(|| publish.disk_format.as_str().to_owned()),
+                sse: publish.sse.map(|sse| sse.as_str().to_owned()),
+                sse_kms_key: publish.sse_kms_key.clone(),
+                keep_object: publish.keep_object,
+            },
         }
     }
 }

@@ -4,6 +4,7 @@ mod build;
 mod cache;
 mod doctor;
 mod init;
+mod object;
 mod plan;
 mod provisioners;
 mod publish;

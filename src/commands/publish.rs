@@ -17,7 +17,7 @@ use kiln::store::Store;
 use kiln::units::GIB;
 use serde_json::{Value, json};
 
-use super::{Context, duration};
+use super::{Context, duration, object};
 
 /// How often a running import is looked at. AWS takes minutes for one.
 const POLL: Duration = Duration::from_secs(15);
@@ -32,6 +32,9 @@ pub(super) fn run(context: &Context<'_>, arguments: Publish) -> Result<(), Error
     let store = context.store().ok();
     let request = request(&manifest, &arguments, store.clone(), &events)?;
     build::check_disk(&arguments.outdir, &manifest, store.as_ref(), &events, context.cancel)?;
+    if arguments.object.upload_only {
+        return object::upload(context, &request, &events);
+    }
     let published = publish::publish(&request, &events, context.cancel)?;
     let result = json!([published]);
     if arguments.dry_run {
@@ -99,6 +102,7 @@ fn request(manifest: &Manifest, arguments: &Publish, store: Option<Store>, event
         via: via(manifest, arguments)?,
         block_map: arguments.outdir.join(BLOCKS),
         store,
+        object: object::options(manifest, arguments)?,
     })
 }
 
@@ -107,7 +111,7 @@ fn via(manifest: &Manifest, arguments: &Publish) -> Result<Via, Error> {
         (Some(cli::Via::Ebs), _) | (None, "ebs") if arguments.bucket.is_some() => {
             Err(Error::new(Exit::Usage, "EBS direct needs no bucket").help("leave out --bucket, or use --via s3"))
         }
-        (Some(cli::Via::Ebs), _) | (None, "ebs") => Ok(Via::Ebs),
+        (Some(cli::Via::Ebs), _) | (None, "ebs") => object::none_asked(&arguments.object).map(|()| Via::Ebs),
         _ => Ok(Via::S3),
     }
 }

@@ -96,7 +96,7 @@ fn whole(job: &Job<'_>, snapshot: &Snapshot) -> Option<String> {
 }
 
 /// An import of the disk that runs, or whose snapshot is there.
-async fn task(job: &Job<'_>) -> Result<Option<Found>, Failure> {
+pub(super) async fn task(job: &Job<'_>) -> Result<Option<Found>, Failure> {
     let digest = Some(job.request.digest.as_str());
     let of_disk = |tag: &Tag| tag.key() == Some(rules::DIGEST_TAG) && tag.value() == digest;
     for task in import::all(job).await?.iter().filter(|task| task.tags().iter().any(of_disk)) {

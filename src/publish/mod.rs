@@ -12,13 +12,18 @@ mod found;
 mod image;
 mod import;
 mod journal;
+mod lock;
+mod object;
+mod only;
 mod parts;
 mod preflight;
 mod retry;
 mod rules;
+mod send;
 mod stop;
 mod undo;
 mod upload;
+mod vmdk;
 mod zeros;
 
 use std::collections::BTreeMap;
@@ -32,15 +37,16 @@ use serde::Serialize;
 use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::event::{Event, Events};
-use crate::recipe::Via;
+use crate::recipe::{DiskFormat, Via};
 use crate::store::Store;
 use client::Clients;
 use failure::Failure;
 use found::Found;
 use journal::Journal;
 pub(crate) use journal::is_journal;
+pub use only::{UploadedObject, upload_only};
 use stop::Stop;
-use undo::{Made, Undo};
+use undo::Undo;
 
 /// The role that AWS assumes to read the disk from the bucket, unless another is named.
 pub const DEFAULT_ROLE: &str = "vmimport";
@@ -66,6 +72,29 @@ pub enum BootMode {
     Uefi,
     /// By UEFI where the instance type has it, else by a boot sector.
     UefiPreferred,
+}
+
+/// How S3 encrypts an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Encryption {
+    /// With a key of S3's own (SSE-S3).
+    S3,
+    /// With a key of KMS (SSE-KMS).
+    Kms {
+        /// Its id, ARN or alias; none: the account's own for S3, `alias/aws/s3`.
+        key: Option<String>,
+    },
+}
+
+/// How the disk is an object in a bucket.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ObjectOptions {
+    /// As which bytes.
+    pub format: DiskFormat,
+    /// How it is encrypted; none: as the bucket has it.
+    pub encryption: Option<Encryption>,
+    /// It stays when it is imported.
+    pub keep: bool,
 }
 
 /// What to publish, and where to.
@@ -119,6 +148,8 @@ pub struct Request {
     pub block_map: PathBuf,
     /// Where block maps of published snapshots are kept.
     pub store: Option<Store>,
+    /// The object that the disk goes through.
+    pub object: ObjectOptions,
 }
 
 /// An image that can be launched.
@@ -155,7 +186,7 @@ struct Target {
     key: String,
     role: String,
     image_name: String,
-    /// Tells this run from all others, also of the same disk: in the object's key, and on the import task.
+    /// Tells this run from all others, also of the same disk: on the import task.
     run: String,
 }
 
@@ -176,17 +207,22 @@ struct Job<'a> {
 pub fn publish(request: &Request, events: &Events, cancel: &Cancel) -> Result<Published, Error> {
     rules::check(request)?;
     cancel.check()?;
+    run(request.parallel, publish_or_undo(request, events, cancel))
+}
+
+/// Does the work on threads that end with it.
+fn run<T>(parallel: usize, work: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
-        .max_blocking_threads(request.parallel.clamp(4, 64))
+        .max_blocking_threads(parallel.clamp(4, 64))
         .thread_name("publish")
         .enable_all()
         .build()
         .map_err(|error| Error::io("cannot start the network threads", &error))?;
-    let published = runtime.block_on(publish_or_undo(request, events, cancel));
+    let done = runtime.block_on(work);
     // A name lookup or a credential helper that hangs must not hold kiln up.
     runtime.shutdown_background();
-    published
+    done
 }
 
 async fn publish_or_undo(request: &Request, events: &Events, cancel: &Cancel) -> Result<Published, Error> {
@@ -245,8 +281,7 @@ async fn steps(
             let work = Box::pin(import::adopt(job, &id));
             let snapshot = job.phase("import", format!("import task {id}"), String::clone, work).await?;
             if let Some(key) = key {
-                undo.will_make(Made::Object { key, version: None, sure: false });
-                upload::delete(job, undo).await;
+                upload::delete_imported(job, undo, &key).await;
             }
             snapshot
         }
@@ -258,7 +293,15 @@ async fn steps(
         }
         Found::Nothing => {
             let work = Box::pin(upload::upload(job, undo));
-            job.phase("upload", upload::begins(job), upload::in_words, work).await?;
+            let uploaded =
+                job.phase("upload", upload::begins(job), |uploaded| upload::in_words(uploaded.as_ref()), work).await?;
+            if uploaded.is_none() {
+                let found = Box::pin(found::look(job)).await?;
+                if found != Found::Nothing {
+                    upload::tidy(job, undo).await?;
+                }
+                return Box::pin(steps(job, found, undo, journal)).await;
+            }
             let work = Box::pin(import::import(job, undo));
             let snapshot = job.phase("import", import::begins(job), String::clone, work).await?;
             upload::delete(job, undo).await;

@@ -33,6 +33,12 @@ pub(super) async fn check(job: &Job<'_>) -> Result<Found, Error> {
     Ok(found)
 }
 
+/// The disk is as announced, and the bucket is in the region.
+pub(super) async fn check_bucket(job: &Job<'_>) -> Result<(), Error> {
+    disk(&job.request.disk, job.request.size)?;
+    bucket_is_near(job).await
+}
+
 /// Says what would be done.
 pub(super) async fn explain(job: &Job<'_>, found: &Found) -> Result<(), Error> {
     let would = |what: String| job.events.emit(Event::Note { message: format!("would {what}") });
@@ -41,9 +47,11 @@ pub(super) async fn explain(job: &Job<'_>, found: &Found) -> Result<(), Error> {
     } else if job.request.via == Via::Ebs {
         would(Box::pin(ebs::plan_in_words(job)).await?);
     } else {
-        would(upload::plan_in_words(job)?);
+        would(Box::pin(upload::plan_in_words(job)).await?);
         would(import::plan_in_words(job));
-        would(format!("delete s3://{0}/{1} and s3://{0}/{1}.zeros", job.target.bucket, job.target.key));
+        if !job.request.object.keep {
+            would(format!("delete s3://{0}/{1} and s3://{0}/{1}.zeros", job.target.bucket, job.target.key));
+        }
     }
     if !matches!(found, Found::Image { .. }) {
         would(image::plan_in_words(job));

@@ -2,8 +2,9 @@
 
 use sha2::{Digest as _, Sha256};
 
-use super::{Architecture, BootMode, DEFAULT_ROLE, Request, Target, Via};
+use super::{Architecture, BootMode, DEFAULT_ROLE, Encryption, Request, Target, Via};
 use crate::error::{Error, Exit};
+use crate::recipe::Sse;
 use crate::recipe::aws::{self, Refusal};
 use crate::units::hex;
 
@@ -58,8 +59,8 @@ pub(super) fn target(request: &Request, region: &str, run: String) -> Result<Tar
     };
     Ok(Target {
         region: region.to_owned(),
-        // The same for no two runs: what is found under it after a failure is this run's, and nobody else's is overwritten.
-        key: format!("{}{run}.raw", key_stem(request)),
+        // The same for every run of this disk, which goes on with what another has left there.
+        key: object_key(request),
         bucket: bucket.to_owned(),
         role: request.role.clone().unwrap_or_else(|| DEFAULT_ROLE.to_owned()),
         image_name: request.image_name.clone(),
@@ -105,12 +106,28 @@ pub(super) fn settings(request: &Request) -> String {
     hex(&Sha256::digest(all.to_string()))[..16].to_owned()
 }
 
+/// The key of the disk's object. Encrypted in another way it is another object, and so is another format.
+fn object_key(request: &Request) -> String {
+    let how = match &request.object.encryption {
+        None => String::new(),
+        Some(encryption) => {
+            let (sse, key) = match encryption {
+                Encryption::S3 => (Sse::Aes256, None),
+                Encryption::Kms { key } => (Sse::Kms, key.as_deref()),
+            };
+            let all = serde_json::json!([sse.as_str(), key]);
+            format!("-{}", &hex(&Sha256::digest(all.to_string()))[..8])
+        }
+    };
+    format!("{}{how}.{}", key_stem(request), request.object.format)
+}
+
 /// What the keys of all objects begin with that are made of this disk.
 pub(super) fn key_stem(request: &Request) -> String {
-    let short: String = request.digest.chars().take(16).collect();
+    let short: String = request.digest.chars().take(32).collect();
     match request.prefix.trim_matches('/') {
-        "" => format!("{}-{short}-", request.name),
-        prefix => format!("{prefix}/{}-{short}-", request.name),
+        "" => format!("{}-{short}", request.name),
+        prefix => format!("{prefix}/{}-{short}", request.name),
     }
 }
 
@@ -141,7 +158,9 @@ mod tests {
     use std::path::PathBuf;
     use std::time::Duration;
 
+    use super::super::ObjectOptions;
     use super::*;
+    use crate::recipe::DiskFormat;
 
     fn request() -> Request {
         Request {
@@ -169,6 +188,7 @@ mod tests {
             via: Via::S3,
             block_map: PathBuf::from("blocks"),
             store: None,
+            object: ObjectOptions::default(),
         }
     }
 
@@ -252,12 +272,35 @@ mod tests {
     }
 
     #[test]
-    fn the_key_has_prefix_name_the_digests_start_and_the_run() {
-        let target = target(&request(), "eu-west-1", "r".to_owned()).unwrap();
-        assert_eq!(target.key, "kiln/web-0123456789abcdef-r.raw");
-        let stem = |prefix: &str| key_stem(&Request { prefix: prefix.to_owned(), ..request() });
-        assert_eq!(stem(""), "web-0123456789abcdef-");
-        assert_eq!(stem("/a/b//"), "a/b/web-0123456789abcdef-");
+    fn the_key_has_prefix_name_and_the_digests_start_and_is_the_same_for_every_run() {
+        let digest = "0123456789abcdef0123456789abcdef";
+        let request = Request { digest: digest.repeat(2), ..request() };
+        let target = |run: &str| target(&request, "eu-west-1", run.to_owned()).unwrap();
+        assert_eq!(target("r").key, format!("kiln/web-{digest}.raw"));
+        assert_eq!(target("r").key, target("s").key);
+        let stem = |prefix: &str| key_stem(&Request { prefix: prefix.to_owned(), ..request.clone() });
+        assert_eq!(stem(""), format!("web-{digest}"));
+        assert_eq!(stem("/a/b//"), format!("a/b/web-{digest}"));
+    }
+
+    #[test]
+    fn another_encryption_or_format_is_another_object() {
+        let key = |format, encryption| {
+            let object = ObjectOptions { format, encryption, keep: false };
+            target(&Request { object, ..request() }, "eu-west-1", String::new()).unwrap().key
+        };
+        let kms = |key: Option<&str>| Some(Encryption::Kms { key: key.map(str::to_owned) });
+        let ways = [None, Some(Encryption::S3), kms(None), kms(Some("alias/a")), kms(Some("alias/b"))];
+        let mut keys: Vec<_> = [DiskFormat::Raw, DiskFormat::Vmdk]
+            .into_iter()
+            .flat_map(|format| ways.clone().map(|encryption| key(format, encryption)))
+            .collect();
+        assert!(keys.iter().all(|key| key.starts_with(&key_stem(&request()))), "{keys:?}");
+        let ends = [&keys[0], &keys[5]].map(|key| key.rsplit('.').next());
+        assert_eq!(ends, [Some("raw"), Some("vmdk")]);
+        keys.sort();
+        keys.dedup();
+        assert_eq!(keys.len(), 10);
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::provisioners::Provisioner;
 use crate::units::Size;
 
 pub use image_name::{NameError, NamePart, name_parts};
-pub use publish::{BootMode, Imds, Publish, Via, VolumeType};
+pub use publish::{BootMode, DiskFormat, Imds, Publish, Sse, Via, VolumeType};
 pub use read::parse;
 
 /// What the user asked for, checked as far as that goes without looking at files.

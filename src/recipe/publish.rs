@@ -41,6 +41,14 @@ pub struct Publish {
     pub role: Option<String>,
     /// How the disk becomes a snapshot.
     pub via: Via,
+    /// As which bytes the disk is uploaded.
+    pub disk_format: DiskFormat,
+    /// How S3 encrypts the upload; none: as the bucket has it.
+    pub sse: Option<Sse>,
+    /// The KMS key for that; none: the account's own for S3.
+    pub sse_kms_key: Option<String>,
+    /// The uploaded object stays when it is imported.
+    pub keep_object: bool,
     /// Of the table's header.
     pub span: Option<Range<usize>>,
 }
@@ -95,7 +103,29 @@ words! {
     }
 }
 
-const KNOWN: [&str; 12] = [
+words! {
+    /// As which bytes a disk is uploaded.
+    #[derive(Default)]
+    DiskFormat {
+        /// As it is.
+        #[default]
+        Raw = "raw",
+        /// Compressed, as a stream-optimised VMDK.
+        Vmdk = "vmdk",
+    }
+}
+
+words! {
+    /// How S3 encrypts an object, in S3's own words.
+    Sse {
+        /// With a key of S3's own.
+        Aes256 = "AES256",
+        /// With a key of KMS.
+        Kms = "aws:kms",
+    }
+}
+
+const KNOWN: [&str; 16] = [
     "image_name",
     "description",
     "regions",
@@ -108,6 +138,10 @@ const KNOWN: [&str; 12] = [
     "tags",
     "role",
     "via",
+    "disk_format",
+    "sse",
+    "sse_kms_key",
+    "keep_object",
 ];
 
 /// Reads `[publish]`; `name` is the recipe's.
@@ -127,6 +161,7 @@ pub(super) fn read(top: &Fields<'_>, name: &str, base: Option<&Base>) -> Publish
     publish.root_device = checked(&fields, "root_device", root_device).map(|found| found.value);
     publish.role = checked(&fields, "role", role).map(|found| found.value);
     publish.via = fields.word("via").map(|found| found.value).unwrap_or_default();
+    upload(&fields, &mut publish);
     publish.tags = fields.map("tags", |key, value| aws::tag(key, value).map_err(told));
     if let Err(refused) = aws::tag_count(&publish.tags)
         && let Some(entry) = fields.entry("tags")
@@ -135,6 +170,21 @@ pub(super) fn read(top: &Fields<'_>, name: &str, base: Option<&Base>) -> Publish
         fields.reader.refuse(&entry.key_origin, message, help);
     }
     publish
+}
+
+/// How the disk is an object.
+fn upload(fields: &Fields<'_>, publish: &mut Publish) {
+    publish.disk_format = fields.word("disk_format").map(|found| found.value).unwrap_or_default();
+    publish.sse = fields.word("sse").map(|found| found.value);
+    publish.sse_kms_key = fields.filled("sse_kms_key").map(|found| found.value);
+    publish.keep_object = fields.boolean("keep_object").is_some_and(|found| found.value);
+    if publish.sse_kms_key.is_some()
+        && publish.sse != Some(Sse::Kms)
+        && let Some(entry) = fields.entry("sse_kms_key")
+    {
+        let help = Some("write `sse = \"aws:kms\"` as well".to_owned());
+        fields.reader.refuse(&entry.key_origin, "`sse_kms_key` is of use only with KMS", help);
+    }
 }
 
 type Refusal = (String, Option<String>);
