@@ -87,6 +87,26 @@ pub enum Protection {
     Cooldown,
 }
 
+/// As which bytes a disk is uploaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DiskFormat {
+    /// As it is; parts without data are copied inside S3
+    Raw,
+    /// Compressed, as a stream-optimised VMDK
+    Vmdk,
+}
+
+/// How S3 encrypts an object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Sse {
+    /// With a key of S3's own
+    #[value(name = "AES256")]
+    Aes256,
+    /// With a key of KMS
+    #[value(name = "aws:kms")]
+    Kms,
+}
+
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -299,6 +319,9 @@ pub struct Publish {
     /// KMS key to encrypt them with, everywhere or in one region: an ARN, or unless by EBS direct an id or alias
     #[arg(long, value_name = "[REGION=]KEY")]
     pub kms_key: Vec<String>,
+    /// How it goes through a bucket.
+    #[command(flatten)]
+    pub object: Object,
     /// How many parts are uploaded at once
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=32))]
     pub parallel: u8,
@@ -423,4 +446,24 @@ pub struct Sweep {
     /// Only say what would go
     #[arg(long, conflicts_with = "yes")]
     pub dry_run: bool,
+}
+
+/// How a disk goes through a bucket.
+#[derive(Debug, Args)]
+pub struct Object {
+    /// As which bytes the disk is uploaded [default: the recipe's, then raw]
+    #[arg(long, value_name = "FORMAT")]
+    pub disk_format: Option<DiskFormat>,
+    /// How S3 encrypts the upload [default: the recipe's, then the bucket's]
+    #[arg(long, value_name = "HOW")]
+    pub sse: Option<Sse>,
+    /// The KMS key for --sse aws:kms: id, ARN or alias [default: the recipe's, then the account's own for S3]
+    #[arg(long, value_name = "KEY")]
+    pub sse_kms_key: Option<String>,
+    /// Leave the uploaded object in the bucket when it is imported
+    #[arg(long)]
+    pub keep_object: bool,
+    /// End after the upload, and print where the object is; a later publish imports it
+    #[arg(long)]
+    pub upload_only: bool,
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::uefi_data;
 use crate::error::{Error, Exit};
-use crate::recipe::{Ebs, Encryption, Recipe, Tpm, Via, Volume};
+use crate::recipe::{DiskFormat, Ebs, Encryption, Recipe, Tpm, Via, Volume};
 
 /// The version of this format. A change that breaks readers raises it.
 pub const SCHEMA: u32 = 1;
@@ -184,6 +184,9 @@ pub struct PublishFacts {
     /// More tags for snapshots: templates of their values.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub snapshot_tags: BTreeMap<String, String>,
+    /// How the disk is uploaded, if not in the usual way.
+    #[serde(default, skip_serializing_if = "UploadFacts::are_usual")]
+    pub upload: UploadFacts,
 }
 
 /// What `[publish]` says of an image that is there.
@@ -200,6 +203,26 @@ pub struct ReleaseFacts {
     pub protection: String,
     /// The template of the SSM parameter's name.
     pub parameter: Option<String>,
+}
+
+/// How a disk is an object in a bucket.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct UploadFacts {
+    /// `raw` or `vmdk`; none: `raw`.
+    pub disk_format: Option<String>,
+    /// `AES256` or `aws:kms`; none: as the bucket has it.
+    pub sse: Option<String>,
+    /// The KMS key.
+    pub sse_kms_key: Option<String>,
+    /// The object stays when it is imported.
+    pub keep_object: bool,
+}
+
+impl UploadFacts {
+    fn are_usual(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 fn default_via() -> String {
@@ -240,6 +263,13 @@ impl PublishFacts {
             volumes: publish.volumes.clone(),
             encryption: publish.encryption.clone(),
             snapshot_tags: publish.snapshot_tags.clone(),
+            upload: UploadFacts {
+                disk_format: (publish.disk_format != DiskFormat::default())
+                    .then(|| publish.disk_format.as_str().to_owned()),
+                sse: publish.sse.map(|sse| sse.as_str().to_owned()),
+                sse_kms_key: publish.sse_kms_key.clone(),
+                keep_object: publish.keep_object,
+            },
         })
     }
 }

@@ -8,6 +8,7 @@ mod doctor;
 mod encryption;
 mod images;
 mod init;
+mod object;
 mod plan;
 mod provisioners;
 mod publish;

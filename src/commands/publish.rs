@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 
 use super::encryption::encryption;
 use super::texts::{self, Texts};
-use super::{Context, duration};
+use super::{Context, duration, object};
 
 /// How often a running import is looked at. AWS takes minutes for one.
 const POLL: Duration = Duration::from_secs(15);
@@ -44,6 +44,9 @@ pub(super) fn run(context: &Context<'_>, arguments: Publish) -> Result<(), Error
         return check(context, &request);
     }
     build::check_disk(&arguments.outdir, &manifest, store.as_ref(), &events, context.cancel)?;
+    if arguments.object.upload_only {
+        return object::upload(context, &request, &events);
+    }
     drop(events);
     let ended = everywhere(context, &request, arguments.fail_fast)?;
     let published: Vec<&Published> = ended.iter().filter_map(|one| one.image.as_ref()).collect();
@@ -204,6 +207,7 @@ fn request(manifest: &Manifest, arguments: &Publish, store: Option<Store>, event
         force: arguments.force,
         block_map: arguments.outdir.join(BLOCKS),
         store,
+        object: object::options(manifest, arguments)?,
     })
 }
 
@@ -213,7 +217,7 @@ fn via(manifest: &Manifest, arguments: &Publish) -> Result<Via, Error> {
             Err(Error::new(Exit::Usage, "EBS direct needs no bucket")
                 .help("leave out --bucket, or use --via s3 or auto"))
         }
-        (Some(cli::Via::Ebs), _) | (None, "ebs") => Ok(Via::Ebs),
+        (Some(cli::Via::Ebs), _) | (None, "ebs") => object::none_asked(&arguments.object).map(|()| Via::Ebs),
         (Some(cli::Via::Auto), _) | (None, "auto") => Ok(Via::Auto),
         _ => Ok(Via::S3),
     }

@@ -22,6 +22,7 @@
 //! | `copy` | the parallel pass over data: export, map, verify |
 //! | `draft` | an export that begins before the disk is done |
 //! | `sum` | the plain SHA-256 of a whole disk |
+//! | `vmdk` | a disk as a stream-optimised VMDK |
 //!
 //! Architecture invariant: nothing here looks at an image other than through [`ReadAt`], so a raw base and an
 //! overlay that QEMU wrote are read by the same code.
@@ -47,6 +48,7 @@ mod root;
 mod sum;
 mod table;
 mod version;
+mod vmdk;
 
 #[cfg(test)]
 mod testing;
@@ -66,6 +68,7 @@ pub use overlay::{Extent, ExtentKind, Overlay};
 pub use probe::{Filesystem, FilesystemKind};
 pub use sum::sha256;
 pub use table::{Partition, PartitionKind, Patch, Scheme, Table};
+pub use vmdk::write_vmdk;
 
 /// The only sector size that kiln reads and writes, in bytes.
 pub const SECTOR: u64 = 512;

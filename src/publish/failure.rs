@@ -324,6 +324,15 @@ impl Failure {
 }
 
 fn denied(failure: &Failure, short: &str, target: &Target) -> Error {
+    // What S3 does with a key it does in the caller's name.
+    if failure.call.starts_with("s3:") && failure.message.contains("kms:") {
+        return publish(format!("not permitted to use the key of the bucket `{}`", target.bucket))
+            .with_note(format!("AWS said: {}", failure.words()))
+            .help(
+                "allow `kms:GenerateDataKey` and `kms:Decrypt` on the key to the user or role that publishes; parts are put \
+                 together with both",
+            );
+    }
     let permission = permission(failure.call);
     let bucket = format!("arn:{}:s3:::{}", rules::partition(&target.region), target.bucket);
     let resource = match permission {
@@ -539,6 +548,15 @@ mod tests {
         }
         let (message, _) = shown(refusal("ec2:RegisterImage", 400, "InvalidParameter", "the service role of vmimport"));
         assert!(message.starts_with("AWS refused RegisterImage"), "{message}");
+    }
+
+    #[test]
+    fn a_key_that_may_not_be_used_is_told_from_a_bucket() {
+        let words = "User: arn:aws:iam::123456789012:user/ci is not authorized to perform: kms:GenerateDataKey on resource: \
+                     arn:aws:kms:eu-west-1:123456789012:key/k because no identity-based policy allows it";
+        let (message, help) = shown(refusal("s3:CreateMultipartUpload", 403, "AccessDenied", words));
+        assert_eq!(message, "not permitted to use the key of the bucket `images`");
+        assert!(help.starts_with("allow `kms:GenerateDataKey` and `kms:Decrypt` on the key"), "{help}");
     }
 
     #[test]

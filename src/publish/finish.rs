@@ -65,7 +65,8 @@ async fn each(job: &Job<'_>, id: &str) -> Result<(), Error> {
         deprecate(job, &found, after).await?;
     }
     if !release.share.is_empty() {
-        let snapshots: Vec<String> = image::snapshots(&found).map(str::to_owned).collect();
+        // What the user's other volumes are made of is the user's.
+        let snapshots: Vec<String> = image::root_snapshot(&found).map(str::to_owned).into_iter().collect();
         let (place, sharing) = (job.place(), sharing(job));
         share::possible(&place, &found, &sharing)?;
         share::apply(&place, id, &snapshots, &sharing).await?;

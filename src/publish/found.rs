@@ -109,7 +109,7 @@ pub(super) fn tag<'a>(tags: &'a [Tag], key: &str) -> Option<&'a str> {
 }
 
 /// An import of the disk that runs, or whose snapshot is there.
-async fn task(job: &Job<'_>) -> Result<Option<Found>, Failure> {
+pub(super) async fn task(job: &Job<'_>) -> Result<Option<Found>, Failure> {
     let asked = rules::encryption(job.request, &job.target.region);
     let alike = |task: &&ImportSnapshotTask| {
         tag(task.tags(), rules::DIGEST_TAG) == Some(job.request.digest.as_str())

@@ -9,16 +9,21 @@ use aws_sdk_ec2::types::{
 use tokio::time::Instant;
 
 use super::failure::{Failure, no_role, tidy};
+use super::found::{self, Found};
 use super::retry::ec2_once;
 use super::undo::{Made, Undo};
-use super::{Job, rules};
+use super::{Job, ObjectEncryption, rules};
 use crate::error::{Error, Exit};
 use crate::event::Event;
+use crate::recipe::DiskFormat;
 
 /// The tag that tells this run's task from all others.
 pub(super) const RUN_TAG: &str = "kiln:run";
 /// AWS's words on imports that fail.
 const TROUBLE: &str = "https://docs.aws.amazon.com/vm-import/latest/userguide/troubleshooting.html";
+/// What the role needs on the key of an encrypted object (AWS: "VM Import/Export required role").
+const KEY_ACTIONS: &str =
+    "kms:CreateGrant, kms:Decrypt, kms:DescribeKey, kms:Encrypt, kms:GenerateDataKey* and kms:ReEncrypt*";
 /// How many looks at the task in a row may fail for passing reasons, each after the SDK's own retries.
 const BLIND: u32 = 10;
 
@@ -63,8 +68,12 @@ pub(super) fn plan_in_words(job: &Job<'_>) -> String {
     )
 }
 
-/// Imports the object and waits for its snapshot.
+/// Imports the object and waits for its snapshot, unless another host has begun to while it was uploaded.
 pub(super) async fn import(job: &Job<'_>, undo: &mut Undo) -> Result<String, Error> {
+    if let Ok(Some(Found::Task { id, .. })) = job.stop.or("other imports of this disk", found::task(job)).await? {
+        job.events.note(format!("import task {id} imports this disk already"));
+        return adopt(job, &id).await;
+    }
     let made = Made::Task { id: None };
     let (entry, answer) = job.make("the start of the import", undo, made, |_| start(job)).await?;
     let task = answer.map_err(|failure| job.error(failure))?;
@@ -161,6 +170,10 @@ fn request(job: &Job<'_>) -> ImportSnapshotFluentBuilder {
     let target = &job.target;
     let words = format!("{} {}", job.request.image_name, job.request.digest);
     let place = UserBucket::builder().s3_bucket(&target.bucket).s3_key(&target.key).build();
+    let format = match job.request.object.format {
+        DiskFormat::Raw => "RAW",
+        DiskFormat::Vmdk => "VMDK",
+    };
     let mut tags = snapshot_tags(job);
     tags.push(Tag::builder().key(RUN_TAG).value(&target.run).build());
     let tags = TagSpecification::builder().resource_type(ResourceType::ImportSnapshotTask).set_tags(Some(tags)).build();
@@ -169,10 +182,24 @@ fn request(job: &Job<'_>) -> ImportSnapshotFluentBuilder {
         .import_snapshot()
         .role_name(&target.role)
         .description(&words)
-        .disk_container(SnapshotDiskContainer::builder().format("RAW").description(&words).user_bucket(place).build())
+        .disk_container(SnapshotDiskContainer::builder().format(format).description(&words).user_bucket(place).build())
         .set_encrypted(job.request.encryption.is_some().then_some(true))
         .set_kms_key_id(rules::kms_key(job.request, &target.region).map(str::to_owned))
         .tag_specifications(tags)
+}
+
+/// Another import that reads the target's object at this moment. Where that can't be found out there is none.
+pub(super) async fn another(job: &Job<'_>) -> Option<String> {
+    let target = &job.target;
+    let reads = |task: &&ImportSnapshotTask| {
+        let place = task.snapshot_task_detail().and_then(SnapshotTaskDetail::user_bucket);
+        let own = task.tags().iter().any(|tag| tag.key() == Some(RUN_TAG) && tag.value() == Some(&target.run));
+        !own && matches!(judge_task(task), State::Working { .. })
+            && place
+                .is_some_and(|place| place.s3_bucket() == Some(&target.bucket) && place.s3_key() == Some(&target.key))
+    };
+    let tasks = all(job).await.ok()?;
+    tasks.iter().find(reads)?.import_task_id().map(str::to_owned)
 }
 
 /// Follows the task to the snapshot's id, or to AWS's reason why there is none.
@@ -275,9 +302,14 @@ fn import_failed(job: &Job<'_>, task: &str, message: &str) -> Error {
         return key_failed(job, error);
     }
     if lower.contains("access") || lower.contains("permission") || lower.contains("kms") {
-        let Job { target, .. } = job;
+        let Job { target, request, .. } = job;
+        let (of, what) = match &request.object.encryption {
+            Some(ObjectEncryption::Kms { key: Some(key) }) => (format!("the KMS key {key}"), ""),
+            Some(ObjectEncryption::Kms { key: None }) => ("the KMS key `alias/aws/s3`".to_owned(), ""),
+            _ => ("its KMS key".to_owned(), " if it has one"),
+        };
         return error.help(format!(
-            "the role `{}` must be allowed s3:GetObject and s3:GetBucketLocation on the bucket `{}`, and to use its KMS key if it has one",
+            "the role `{}` must be allowed s3:GetObject and s3:GetBucketLocation on the bucket `{}`, and {KEY_ACTIONS} on {of}{what}",
             target.role, target.bucket
         ));
     }

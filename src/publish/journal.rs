@@ -63,6 +63,8 @@ pub(super) enum Found {
 /// How journals are named: the region is between these.
 const START: &str = "publish.";
 const END: &str = ".journal";
+/// How the file ends that [`super::lock`] is held on.
+pub(super) const LOCK: &str = ".lock";
 /// The line that says that the snapshot takes no more blocks.
 const SEALED: &str = "sealed";
 
@@ -162,12 +164,17 @@ impl Journal {
 }
 
 fn path(disk: &Path, region: &str) -> PathBuf {
-    disk.with_file_name(format!("{START}{region}{END}"))
+    beside(disk, region, END)
 }
 
-/// Whether a file beside a disk is a journal, by its name.
+/// The file of a publish to this region beside a disk.
+pub(super) fn beside(disk: &Path, region: &str, end: &str) -> PathBuf {
+    disk.with_file_name(format!("{START}{region}{end}"))
+}
+
+/// Whether a file beside a disk is that of a publish that runs or was killed, by its name.
 pub(crate) fn is_journal(name: &OsStr) -> bool {
-    name.to_str().is_some_and(|name| name.starts_with(START) && name.ends_with(END))
+    name.to_str().is_some_and(|name| name.starts_with(START) && (name.ends_with(END) || name.ends_with(LOCK)))
 }
 
 #[cfg(test)]

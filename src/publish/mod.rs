@@ -16,6 +16,9 @@ mod image;
 mod import;
 mod journal;
 pub mod life;
+mod lock;
+mod object;
+mod only;
 mod parameter;
 mod parts;
 mod place;
@@ -25,10 +28,12 @@ mod regions;
 mod replace;
 mod retry;
 mod rules;
+mod send;
 mod share;
 mod stop;
 mod undo;
 mod upload;
+mod vmdk;
 mod zeros;
 
 use std::collections::BTreeMap;
@@ -44,7 +49,7 @@ use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
 use crate::event::{Event, Events};
 pub use crate::recipe::BootMode;
-use crate::recipe::{Ebs, Encryption, Release, Via, Volume};
+use crate::recipe::{DiskFormat, Ebs, Encryption, Release, Via, Volume};
 use crate::store::Store;
 pub use check::{Checked, Verdict};
 use client::Clients;
@@ -52,6 +57,7 @@ use failure::Failure;
 use found::Found;
 use journal::Journal;
 pub(crate) use journal::is_journal;
+pub use only::{UploadedObject, upload_only};
 use place::Place;
 use preflight::Before;
 pub use regions::{Ended, How};
@@ -73,6 +79,29 @@ pub enum Architecture {
     /// Graviton.
     #[serde(rename = "arm64")]
     Arm64,
+}
+
+/// How S3 encrypts an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ObjectEncryption {
+    /// With a key of S3's own (SSE-S3).
+    S3,
+    /// With a key of KMS (SSE-KMS).
+    Kms {
+        /// Its id, ARN or alias; none: the account's own for S3, `alias/aws/s3`.
+        key: Option<String>,
+    },
+}
+
+/// How the disk is an object in a bucket.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct ObjectOptions {
+    /// As which bytes.
+    pub format: DiskFormat,
+    /// How it is encrypted; none: as the bucket has it.
+    pub encryption: Option<ObjectEncryption>,
+    /// It stays when it is imported.
+    pub keep: bool,
 }
 
 /// What to publish, and where to.
@@ -147,6 +176,8 @@ pub struct Request {
     pub release: Release,
     /// An image of that name is replaced.
     pub force: bool,
+    /// The object that the disk goes through.
+    pub object: ObjectOptions,
 }
 
 /// Texts whose `{date}` and `{time}` are not filled in: the same disk published again makes no other image for those.
@@ -194,7 +225,7 @@ struct Target {
     key: String,
     role: String,
     image_name: String,
-    /// Tells this run from all others, also of the same disk: in the object's key, and on the import task.
+    /// Tells this run from all others, also of the same disk: on the import task.
     run: String,
 }
 
@@ -422,14 +453,13 @@ async fn snapshot(
             let work = Box::pin(import::adopt(job, &id));
             let snapshot = job.phase("import", format!("import task {id}"), String::clone, work).await?;
             if let Some(key) = key {
-                undo.will_make(Made::Object { key, version: None, sure: false });
-                upload::delete(job, undo).await;
+                upload::delete_imported(job, undo, &key).await;
             }
             Ok(snapshot)
         }
         Found::Image(Image { snapshot, .. }) => Ok(snapshot),
         Found::Nothing => match job.request.via {
-            Via::S3 => through_bucket(job, undo).await,
+            Via::S3 => through_bucket(job, undo, journal).await,
             Via::Ebs => block_by_block(job, undo, journal).await?.map_err(|refused| job.error(refused)),
             Via::Auto => match block_by_block(job, undo, journal).await? {
                 Ok(snapshot) => Ok(snapshot),
@@ -439,16 +469,24 @@ async fn snapshot(
                     job.events
                         .note(format!("no EBS direct ({}): going through the bucket `{bucket}`", refused.reason()));
                     Box::pin(preflight::bucket(job)).await?;
-                    through_bucket(job, undo).await
+                    through_bucket(job, undo, journal).await
                 }
             },
         },
     }
 }
 
-async fn through_bucket(job: &Job<'_>, undo: &mut Undo) -> Result<String, Error> {
+async fn through_bucket(job: &Job<'_>, undo: &mut Undo, journal: &mut Option<Journal>) -> Result<String, Error> {
     let work = Box::pin(upload::upload(job, undo));
-    job.phase("upload", upload::begins(job), upload::in_words, work).await?;
+    let outcome = |uploaded: &Option<upload::Uploaded>| upload::in_words(uploaded.as_ref());
+    if job.phase("upload", upload::begins(job), outcome, work).await?.is_none() {
+        // Another run has ended it, and has gone on.
+        let found = Box::pin(found::look(job)).await?;
+        if found != Found::Nothing {
+            upload::tidy(job, undo).await?;
+        }
+        return Box::pin(snapshot(job, found, undo, journal)).await;
+    }
     let work = Box::pin(import::import(job, undo));
     let snapshot = job.phase("import", import::begins(job), String::clone, work).await?;
     upload::delete(job, undo).await;

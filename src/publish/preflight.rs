@@ -58,6 +58,12 @@ pub(super) async fn bucket(job: &Job<'_>) -> Result<(), Error> {
     import::permitted(job).await
 }
 
+/// The disk is as announced, and the bucket is in the region.
+pub(super) async fn check_bucket(job: &Job<'_>) -> Result<(), Error> {
+    disk(&job.request.disk, job.request.size)?;
+    bucket_is_near(job).await
+}
+
 /// Says what would be done.
 pub(super) async fn explain(job: &Job<'_>, before: &Before) -> Result<(), Error> {
     let would = |what: String| job.events.emit(Event::Note { message: format!("would {what}") });
@@ -91,9 +97,11 @@ async fn upload_in_words(job: &Job<'_>, would: impl Fn(String)) -> Result<(), Er
         if job.request.via == Via::Auto {
             would("do this instead, if EBS direct is not permitted:".to_owned());
         }
-        would(upload::plan_in_words(job)?);
+        would(Box::pin(upload::plan_in_words(job)).await?);
         would(import::plan_in_words(job));
-        would(format!("delete s3://{0}/{1} and s3://{0}/{1}.zeros", job.target.bucket, job.target.key));
+        if !job.request.object.keep {
+            would(format!("delete s3://{0}/{1} and s3://{0}/{1}.zeros", job.target.bucket, job.target.key));
+        }
     }
     Ok(())
 }

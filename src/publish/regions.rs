@@ -150,7 +150,7 @@ pub(super) fn check(request: &Request, events: &Events, cancel: &Cancel) -> Resu
     })
 }
 
-fn with_runtime<T>(request: &Request, work: impl FnOnce(&Runtime) -> Result<T, Error>) -> Result<T, Error> {
+pub(super) fn with_runtime<T>(request: &Request, work: impl FnOnce(&Runtime) -> Result<T, Error>) -> Result<T, Error> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(request.parallel.clamp(4, 64))
@@ -165,7 +165,7 @@ fn with_runtime<T>(request: &Request, work: impl FnOnce(&Runtime) -> Result<T, E
 }
 
 /// The connections to each region, the one that the disk is sent to first.
-async fn connect(request: &Request, cancel: &Cancel) -> Result<Vec<Clients>, Error> {
+pub(super) async fn connect(request: &Request, cancel: &Cancel) -> Result<Vec<Clients>, Error> {
     let stop = super::Stop::new(cancel, request.timeout);
     let first = request.regions.first().map(String::as_str);
     let first = stop.or("the AWS configuration", Box::pin(Clients::load(first))).await??;

@@ -4,10 +4,11 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::share::Sharing;
-use super::{Architecture, BootMode, DEFAULT_ROLE, Request, Target, Undated, Via};
+use super::{Architecture, BootMode, DEFAULT_ROLE, ObjectEncryption, Request, Target, Undated, Via};
 use crate::error::{Error, Exit};
 #[cfg(test)]
 use crate::recipe::Release;
+use crate::recipe::Sse;
 use crate::recipe::aws::{self, Refusal};
 use crate::recipe::volume::{self, VolumeKind};
 use crate::recipe::{Ebs, Encryption, encryption};
@@ -163,8 +164,8 @@ pub(super) fn target(request: &Request, region: &str, run: String, sends: bool) 
     };
     Ok(Target {
         region: region.to_owned(),
-        // The same for no two runs: what is found under it after a failure is this run's, and nobody else's is overwritten.
-        key: format!("{}{run}.raw", key_stem(request)),
+        // The same for every run of this disk, which goes on with what another has left there.
+        key: object_key(request),
         bucket: bucket.to_owned(),
         role: request.role.clone().unwrap_or_else(|| DEFAULT_ROLE.to_owned()),
         image_name: request.image_name.clone(),
@@ -242,10 +243,26 @@ pub(super) fn key_stem_of_all(request: &Request) -> String {
     }
 }
 
+/// The key of the disk's object. Encrypted in another way it is another object, and so is another format.
+fn object_key(request: &Request) -> String {
+    let how = match &request.object.encryption {
+        None => String::new(),
+        Some(encryption) => {
+            let (sse, key) = match encryption {
+                ObjectEncryption::S3 => (Sse::Aes256, None),
+                ObjectEncryption::Kms { key } => (Sse::Kms, key.as_deref()),
+            };
+            let all = serde_json::json!([sse.as_str(), key]);
+            format!("-{}", &hex(&Sha256::digest(all.to_string()))[..8])
+        }
+    };
+    format!("{}{how}.{}", key_stem(request), request.object.format)
+}
+
 /// What the keys of all objects begin with that are made of this disk.
 pub(super) fn key_stem(request: &Request) -> String {
-    let short: String = request.digest.chars().take(16).collect();
-    format!("{}{short}-", key_stem_of_all(request))
+    let short: String = request.digest.chars().take(32).collect();
+    format!("{}{short}", key_stem_of_all(request))
 }
 
 /// Whoever the image is shared with can be told so in these regions.
@@ -291,8 +308,9 @@ mod tests {
     use std::path::PathBuf;
     use std::time::Duration;
 
+    use super::super::ObjectOptions;
     use super::*;
-    use crate::recipe::{Volume, VolumeType};
+    use crate::recipe::{DiskFormat, Volume, VolumeType};
 
     fn request() -> Request {
         Request {
@@ -330,6 +348,7 @@ mod tests {
             store: None,
             release: Release::default(),
             force: false,
+            object: ObjectOptions::default(),
         }
     }
 
@@ -508,12 +527,35 @@ mod tests {
     }
 
     #[test]
-    fn the_key_has_prefix_name_the_digests_start_and_the_run() {
-        let target = target(&request(), "eu-west-1", "r".to_owned(), true).unwrap();
-        assert_eq!(target.key, "kiln/web-0123456789abcdef-r.raw");
-        let stem = |prefix: &str| key_stem(&Request { prefix: prefix.to_owned(), ..request() });
-        assert_eq!(stem(""), "web-0123456789abcdef-");
-        assert_eq!(stem("/a/b//"), "a/b/web-0123456789abcdef-");
+    fn the_key_has_prefix_name_and_the_digests_start_and_is_the_same_for_every_run() {
+        let digest = "0123456789abcdef0123456789abcdef";
+        let request = Request { digest: digest.repeat(2), ..request() };
+        let target = |run: &str| target(&request, "eu-west-1", run.to_owned(), true).unwrap();
+        assert_eq!(target("r").key, format!("kiln/web-{digest}.raw"));
+        assert_eq!(target("r").key, target("s").key);
+        let stem = |prefix: &str| key_stem(&Request { prefix: prefix.to_owned(), ..request.clone() });
+        assert_eq!(stem(""), format!("web-{digest}"));
+        assert_eq!(stem("/a/b//"), format!("a/b/web-{digest}"));
+    }
+
+    #[test]
+    fn another_encryption_or_format_is_another_object() {
+        let key = |format, encryption| {
+            let object = ObjectOptions { format, encryption, keep: false };
+            target(&Request { object, ..request() }, "eu-west-1", String::new(), true).unwrap().key
+        };
+        let kms = |key: Option<&str>| Some(ObjectEncryption::Kms { key: key.map(str::to_owned) });
+        let ways = [None, Some(ObjectEncryption::S3), kms(None), kms(Some("alias/a")), kms(Some("alias/b"))];
+        let mut keys: Vec<_> = [DiskFormat::Raw, DiskFormat::Vmdk]
+            .into_iter()
+            .flat_map(|format| ways.clone().map(|encryption| key(format, encryption)))
+            .collect();
+        assert!(keys.iter().all(|key| key.starts_with(&key_stem(&request()))), "{keys:?}");
+        let ends = [&keys[0], &keys[5]].map(|key| key.rsplit('.').next());
+        assert_eq!(ends, [Some("raw"), Some("vmdk")]);
+        keys.sort();
+        keys.dedup();
+        assert_eq!(keys.len(), 10);
     }
 
     #[test]

@@ -10,7 +10,8 @@ use tokio::time::{sleep, timeout};
 
 use super::failure::{Failure, Kind};
 use super::import::{RUN_TAG, State, look};
-use super::{Job, ebs, image, import, upload};
+use super::lock::Lock;
+use super::{Job, ebs, image, import, object};
 use crate::error::{Error, Exit};
 use crate::event::Event;
 
@@ -28,8 +29,8 @@ const GONE: u32 = 3;
 pub(super) enum Made {
     /// A multipart upload of the target's key; while it is `completing`, there may be the object instead.
     Upload { id: Option<String>, completing: bool },
-    /// An object of this run: the target's, or the one of zeros beside it. Unless it is `sure`, no answer told that it was
-    /// made, or which version of it.
+    /// An object of this disk: the target's, or the one of zeros beside it. Unless it is `sure`, no answer told that it
+    /// was made, or which version of it.
     Object { key: String, version: Option<String>, sure: bool },
     /// An import task, tagged with the target's run.
     Task { id: Option<String> },
@@ -39,13 +40,31 @@ pub(super) enum Made {
     Image { id: Option<String>, name: String, snapshot: String },
 }
 
-/// Everything made so far, in order.
+/// Everything made so far, or taken over from a run that was killed, in order.
 #[derive(Debug, Default)]
 pub(super) struct Undo {
     made: Vec<Option<Made>>,
+    /// Held until all is done or taken back.
+    lock: Option<Lock>,
 }
 
 impl Undo {
+    /// Keeps other kilns away until all is done or taken back.
+    pub(super) fn hold(&mut self, lock: Option<Lock>) {
+        self.lock = lock;
+    }
+
+    /// Whether it does.
+    pub(super) fn holds_lock(&self) -> bool {
+        self.lock.is_some()
+    }
+
+    /// Notes what another run has made and this one goes on with, once.
+    pub(super) fn take_over(&mut self, made: Made) -> usize {
+        let known = self.made.iter().position(|known| known.as_ref() == Some(&made));
+        known.unwrap_or_else(|| self.will_make(made))
+    }
+
     /// Notes that something is about to be asked for.
     pub(super) fn will_make(&mut self, made: Made) -> usize {
         self.made.push(Some(made));
@@ -67,9 +86,21 @@ impl Undo {
         self.made.fill(None);
     }
 
+    /// Forgets the object with this key: it stays.
+    pub(super) fn keep_object(&mut self, kept: &str) {
+        for entry in &mut self.made {
+            entry.take_if(|made| matches!(made, Made::Object { key, .. } if key == kept));
+        }
+    }
+
     /// Deletes the objects with these keys; what is left is returned in words, and stays noted.
     pub(super) async fn objects(&mut self, job: &Job<'_>, which: impl Fn(&str) -> bool) -> Vec<String> {
         self.some(job, |made| matches!(made, Made::Object { key, .. } if which(key))).await
+    }
+
+    /// Aborts the uploads; what is left is returned in words, and stays noted.
+    pub(super) async fn uploads(&mut self, job: &Job<'_>) -> Vec<String> {
+        self.some(job, |made| matches!(made, Made::Upload { .. })).await
     }
 
     /// Deletes the snapshots; what is left is returned in words, and stays noted.
@@ -91,7 +122,8 @@ impl Undo {
 
     /// Takes everything back, last made first. Returns `error` with what is left in its notes, and how much that is.
     pub(super) async fn run(self, job: &Job<'_>, mut error: Error) -> (Error, usize) {
-        let made: Vec<Made> = self.made.into_iter().rev().flatten().collect();
+        let Self { made, lock: _held } = self;
+        let made: Vec<Made> = made.into_iter().rev().flatten().collect();
         if made.is_empty() {
             return (error, 0);
         }
@@ -141,8 +173,8 @@ async fn take_back(job: &Job<'_>, made: &Made) -> Result<(), String> {
             Made::Image { id, name, snapshot } => undo_image(job, id.as_deref(), name, snapshot).await,
             Made::Snapshot { id } => undo_snapshot(job, id.as_deref()).await,
             Made::Task { id } => undo_task(job, id.as_deref()).await,
-            Made::Object { key, version, sure: true } => delete_object(job, key, version.as_deref()).await,
-            Made::Object { key, .. } => find_and_delete_object(job, key, GONE).await,
+            Made::Object { key, version, sure: true } => undo_object(job, key, version.as_deref(), None).await,
+            Made::Object { key, .. } => undo_object(job, key, None, Some(GONE)).await,
             Made::Upload { id, completing } => undo_upload(job, id.as_deref(), *completing).await,
         }
     });
@@ -343,6 +375,27 @@ async fn find_task(job: &Job<'_>) -> Result<Option<String>, Failure> {
     Ok(own.and_then(|task| task.import_task_id()).map(str::to_owned))
 }
 
+/// Deletes an object; one that may not be there is looked for so often first.
+async fn undo_object(
+    job: &Job<'_>,
+    key: &str,
+    version: Option<&str>,
+    looks: Option<u32>,
+) -> Result<Option<Made>, Left> {
+    // On another host the same disk may be published at this moment.
+    if *key == job.target.key
+        && let Some(task) = import::another(job).await
+    {
+        let why = format!("import task {task} of another publish reads it");
+        let object = Made::Object { key: key.to_owned(), version: version.map(str::to_owned), sure: looks.is_none() };
+        return Err(Left { found: Some(object), why });
+    }
+    match looks {
+        None => delete_object(job, key, version).await,
+        Some(looks) => find_and_delete_object(job, key, looks).await,
+    }
+}
+
 async fn delete_object(job: &Job<'_>, key: &str, version: Option<&str>) -> Result<Option<Made>, Left> {
     let deleted = until_deleted(|| async {
         let call = job.clients.s3.delete_object().bucket(&job.target.bucket).key(key);
@@ -359,7 +412,7 @@ async fn find_and_delete_object(job: &Job<'_>, key: &str, looks: u32) -> Result<
         if look > 0 {
             sleep(PAUSE).await;
         }
-        match upload::object(job, key).await {
+        match object::look(job, key).await {
             Ok(Some(object)) => return delete_object(job, key, object.version.as_deref()).await,
             Ok(None) => {}
             // To look takes a permission of its own. What isn't there can be deleted too.
@@ -372,7 +425,8 @@ async fn find_and_delete_object(job: &Job<'_>, key: &str, looks: u32) -> Result<
 async fn undo_upload(job: &Job<'_>, id: Option<&str>, completing: bool) -> Result<Option<Made>, Left> {
     let id = match id {
         Some(id) => Some(id.to_owned()),
-        None => search(|| upload::find(job)).await?,
+        // It was begun because there was none: this is it, or one that another host has begun, which will begin again.
+        None => search(|| async { Ok(object::unfinished(job).await?.into_iter().next()) }).await?,
     };
     let Some(id) = id else {
         return Err(Left::because("no answer to CreateMultipartUpload came, and there is none so far"));
@@ -385,7 +439,7 @@ async fn undo_upload(job: &Job<'_>, id: Option<&str>, completing: bool) -> Resul
     if !completing {
         return Ok(Some(made()));
     }
-    let object = find_and_delete_object(job, &job.target.key, 1).await?;
+    let object = undo_object(job, &job.target.key, None, Some(1)).await?;
     Ok(object.or_else(|| Some(made())))
 }
 

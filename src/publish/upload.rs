@@ -1,52 +1,56 @@
-//! The disk into the bucket: parallel parts, each with its SHA-256, streamed from the file.
+//! The disk into the bucket, from wherever an earlier run has come to.
+//!
+//! The object's key is the disk's digest. An object that is there and whole is used; an unfinished upload is gone on with.
+//! Kilns on different hosts that publish the same disk at once send the same parts of the same upload. One of them
+//! completes it, and the others find it gone, look, and use its object.
 
 use std::fs::File;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use aws_sdk_s3::config::timeout::TimeoutConfig;
-use aws_sdk_s3::primitives::{ByteStream, Length};
-use aws_sdk_s3::types::{ChecksumAlgorithm, ChecksumMode, ChecksumType, CompletedMultipartUpload, CompletedPart};
-use tokio::task::{JoinError, JoinSet};
-use tokio::time::sleep;
+use aws_sdk_s3::types::{ChecksumAlgorithm, ChecksumType, CompletedMultipartUpload, CompletedPart};
+use tokio::task::JoinError;
 
 use super::Job;
-use super::client::Clients;
 use super::failure::Failure;
-use super::parts::{self, Digest, Part, Parts};
-use super::retry::{Try, backoff, s3_once};
+use super::lock::{Busy, Lock};
+use super::object::{self, Object};
+use super::parts::{self, Digest, Parts};
+use super::retry::{Try, s3_once};
+use super::send::{self, How, Line, Sender, Sending, Sent};
 use super::undo::{Made, Undo};
-use super::zeros::{self, Zeros};
+use super::{vmdk, zeros};
 use crate::error::{Error, Exit};
-use crate::event::{Event, Events};
+use crate::recipe::DiskFormat;
 use crate::store::Identity;
 use crate::units::{GIB, Size};
 
-/// How often a part is sent before the upload fails.
-const ATTEMPTS: u32 = 6;
-/// The slowest line that the first attempt allows for, in bytes per second and part; each further one allows for half.
-const SLOWEST: u64 = 128 << 10;
-/// How many copies are in flight for each part that may be sent at once.
-const COPIES_BESIDE: usize = 4;
-/// How much of the file a part in flight holds in memory.
-const READ: usize = 256 << 10;
 /// S3 puts the parts together before it answers.
 const COMPLETE: Duration = Duration::from_mins(5);
 
-/// What came of it: how many parts there are, and how many of them were copied from zeros instead of sent.
-#[derive(Debug, Clone, Copy)]
+/// What came of it.
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Uploaded {
+    /// How many parts there are; none if the object was there.
     parts: usize,
+    /// How many of them were copied from zeros instead of sent.
     copied: usize,
+    /// How many of them were there already.
+    kept: usize,
 }
 
-pub(super) fn in_words(uploaded: &Uploaded) -> String {
-    let Uploaded { parts, copied } = *uploaded;
-    match copied {
-        0 => format!("{parts} parts, each with its SHA-256"),
-        _ => format!("{} parts, each with its SHA-256, and {copied} of zeros that were not sent", parts - copied),
+pub(super) fn in_words(uploaded: Option<&Uploaded>) -> String {
+    let Some(Uploaded { parts, copied, kept }) = uploaded else {
+        return "another kiln has ended this upload".to_owned();
+    };
+    if *parts == 0 {
+        return "the object was there".to_owned();
     }
+    let sent = format!("{} parts, each with its SHA-256", parts - copied - kept);
+    let copied = if *copied > 0 { format!(", and {copied} of zeros that were not sent") } else { String::new() };
+    let kept = if *kept > 0 { format!("; {kept} were there") } else { String::new() };
+    sent + &copied + &kept
 }
 
 pub(super) fn begins(job: &Job<'_>) -> String {
@@ -54,50 +58,212 @@ pub(super) fn begins(job: &Job<'_>) -> String {
     format!("{size} to s3://{}/{}", job.target.bucket, job.target.key)
 }
 
-pub(super) fn plan_in_words(job: &Job<'_>) -> Result<String, Error> {
-    let (_, parts) = open(job)?;
-    Ok(format!("upload {} in {} parts ({} in parts with data)", begins(job), parts.all.len(), Size(parts.data())))
+pub(super) async fn plan_in_words(job: &Job<'_>) -> Result<String, Error> {
+    let disk = Disk::open(job)?;
+    if let Existing::Whole(_) = Box::pin(existing(job, &disk)).await? {
+        return Ok(format!("use s3://{}/{}, which is the disk", job.target.bucket, job.target.key));
+    }
+    let left = object::left(job).await?.begun;
+    let there = left.map(|(_, there)| format!("; {} parts were there", there.len())).unwrap_or_default();
+    Ok(match &disk.form {
+        Form::Raw(parts) => {
+            let (all, data) = (parts.all.len(), Size(parts.data()));
+            format!("upload {} in {all} parts ({data} in parts with data{there})", begins(job))
+        }
+        Form::Vmdk => format!("upload {}, compressed (VMDK{there})", begins(job)),
+    })
 }
 
-/// Uploads the disk.
-pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<Uploaded, Error> {
-    let (file, parts) = open(job)?;
-    let before = identity(job, &file)?;
-    let zeros = Box::pin(zeros::make(job, undo, &parts)).await?;
-    let (entry, id) = create(job, undo).await?;
-    let sender = Sender {
+/// What is uploaded.
+struct Disk {
+    file: Arc<File>,
+    form: Form,
+    before: Identity,
+}
+
+/// As what.
+enum Form {
+    Raw(Arc<Parts>),
+    Vmdk,
+}
+
+impl Disk {
+    fn open(job: &Job<'_>) -> Result<Self, Error> {
+        let file = open_disk(job)?;
+        let before = identity(job, &file)?;
+        let form = match job.request.object.format {
+            DiskFormat::Raw => Form::Raw(Arc::new(Parts::of(&file, job.request.size * GIB).map_err(unreadable(job))?)),
+            DiskFormat::Vmdk => Form::Vmdk,
+        };
+        Ok(Self { file: Arc::new(file), form, before })
+    }
+
+    /// How long an object of the disk is, and what S3 says of its parts' SHA-256.
+    async fn checksum(&self, job: &Job<'_>) -> Result<(u64, String), Error> {
+        let Form::Raw(parts) = &self.form else { return vmdk::checksum(job).await };
+        let (file, parts) = (Arc::clone(&self.file), Arc::clone(parts));
+        let all = move || parts.all.iter().map(|part| parts.digest(&file, *part)).collect::<std::io::Result<Vec<_>>>();
+        let digests = job.stop.or("the disk's digests", tokio::task::spawn_blocking(all)).await?;
+        let digests = digests.map_err(|error| Lost::Bug(error).into_error(job))?.map_err(unreadable(job))?;
+        Ok((job.request.size * GIB, parts::composite(&digests)))
+    }
+}
+
+/// What is there under the disk's key.
+enum Existing {
+    /// Nothing, or nothing that may be looked at.
+    Nothing,
+    /// The disk.
+    Whole(Object),
+    /// An object that kiln made of this disk, but not as it is made now: to be overwritten.
+    Stale(Object),
+}
+
+async fn existing(job: &Job<'_>, disk: &Disk) -> Result<Existing, Error> {
+    let found = match job.stop.or("the object", object::look(job, &job.target.key)).await? {
+        Ok(found) => found,
+        // If there is one, S3 says so instead of overwriting it.
+        Err(failure) if failure.is_denied() => {
+            job.events.detail(format!("cannot look for the object: {}", failure.reason()));
+            None
+        }
+        Err(failure) => return Err(job.error(failure)),
+    };
+    let Some(object) = found else { return Ok(Existing::Nothing) };
+    if !object.is_of_disk(job) {
+        return Err(object::foreign(job));
+    }
+    let raw = matches!(disk.form, Form::Raw(_));
+    let whole = (!raw || object.size() == job.request.size * GIB) && {
+        let (size, checksum) = Box::pin(disk.checksum(job)).await?;
+        object.is(size, &checksum)
+    };
+    Ok(if whole { Existing::Whole(object) } else { Existing::Stale(object) })
+}
+
+/// Uploads what of the disk isn't there. None if another run has ended the upload meanwhile: then what it has made of it is
+/// to be looked for.
+pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<Option<Uploaded>, Error> {
+    if !undo.holds_lock() {
+        undo.hold(Lock::take(&job.request.disk, &job.target.region).map_err(|Busy| busy(job))?);
+    }
+    let disk = Disk::open(job)?;
+    let uploaded = match Box::pin(existing(job, &disk)).await? {
+        Existing::Whole(object) => {
+            job.events.note(format!("s3://{}/{} is this disk already", job.target.bucket, job.target.key));
+            // Who wanted it kept decides when it goes.
+            if !object.is_kept {
+                undo.take_over(of_version(job, object.version));
+            }
+            // And what has helped to make it.
+            if let Form::Raw(_) = disk.form {
+                let _ = Box::pin(zeros::take_over(job, undo)).await?;
+            }
+            for id in Box::pin(object::left(job)).await?.ids() {
+                undo.take_over(Made::Upload { id: Some(id), completing: false });
+            }
+            Some(Uploaded::default())
+        }
+        Existing::Nothing => Box::pin(send_all(job, undo, &disk, true)).await?,
+        Existing::Stale(object) => {
+            // In a bucket that keeps versions it stays below the new one.
+            if object.version.is_some() {
+                undo.take_over(of_version(job, object.version));
+            }
+            Box::pin(send_all(job, undo, &disk, false)).await?
+        }
+    };
+    if uploaded.is_some() {
+        Box::pin(tidy(job, undo)).await?;
+    }
+    Ok(uploaded)
+}
+
+fn busy(job: &Job<'_>) -> Error {
+    let message = format!("another kiln publishes this disk to {}", job.target.region);
+    Error::new(Exit::Publish, message).help("wait until it has ended, then publish again")
+}
+
+fn of_version(job: &Job<'_>, version: Option<String>) -> Made {
+    Made::Object { key: job.target.key.clone(), version, sure: true }
+}
+
+/// Goes on with an upload, or begins one, and completes it. None if another run has ended it.
+async fn send_all(job: &Job<'_>, undo: &mut Undo, disk: &Disk, if_absent: bool) -> Result<Option<Uploaded>, Error> {
+    let left = Box::pin(object::left(job)).await?;
+    for id in left.others {
+        undo.take_over(Made::Upload { id: Some(id), completing: false });
+    }
+    let (begun, stored) = left.begun.unzip();
+    let zeros = match &disk.form {
+        Form::Raw(parts) => Box::pin(zeros::make(job, undo, parts, stored.as_ref())).await?,
+        Form::Vmdk => None,
+    };
+    let stored = stored.unwrap_or_default();
+    let (entry, id) = match begun {
+        Some(id) => {
+            job.events.note(format!("going on with an upload that was begun before: {} parts are there", stored.len()));
+            (undo.take_over(Made::Upload { id: Some(id.clone()), completing: false }), id)
+        }
+        None => create(job, undo).await?,
+    };
+    let line = Line {
         clients: Arc::clone(&job.clients),
         events: job.events.clone(),
         bucket: job.target.bucket.clone(),
         key: job.target.key.clone(),
         id: id.clone(),
-        path: job.request.disk.clone(),
-        file,
-        parts,
-        zeros,
+        stored,
     };
-    let sender = Arc::new(sender);
-    let sent = send_all(job, &sender).await?;
-    let uploaded = Uploaded { parts: sent.len(), copied: sent.iter().filter(|one| one.copied).count() };
-    unchanged(job, &sender.file, &before)?;
-    Box::pin(complete(job, undo, entry, &id, sent)).await?;
+    let sending = match &disk.form {
+        Form::Raw(parts) => {
+            let (path, file, parts) = (job.request.disk.clone(), Arc::clone(&disk.file), Arc::clone(parts));
+            let sender = Arc::new(Sender { line, path, file, parts, zeros });
+            Box::pin(send::all(job, &sender)).await?
+        }
+        Form::Vmdk => Box::pin(vmdk::send(job, &Arc::new(line))).await?,
+    };
+    let Sending::Done(sent) = sending else {
+        undo.forget(entry);
+        return Ok(None);
+    };
+    let count = |how| sent.iter().filter(|one| one.how == how).count();
+    let uploaded = Uploaded { parts: sent.len(), copied: count(How::Copied), kept: count(How::Kept) };
+    unchanged(job, &disk.file, &disk.before)?;
+    let completed = Box::pin(complete(job, undo, entry, Completing { id, sent, if_absent })).await?;
+    Ok(completed.then_some(uploaded))
+}
+
+/// Deletes what is of no use once the object is there: the zeros, and unfinished uploads of it.
+pub(super) async fn tidy(job: &Job<'_>, undo: &mut Undo) -> Result<(), Error> {
     // What can't be deleted now is tried again with the disk's own object.
     let zeros = job.stop.or("the zeros' deletion", undo.objects(job, |key| key != job.target.key));
     let _ = Box::pin(zeros).await?;
-    Ok(uploaded)
+    for left in Box::pin(job.stop.or("the end of unfinished uploads", undo.uploads(job))).await? {
+        job.events.warn(format!("could not abort {left}"));
+    }
+    Ok(())
 }
 
-/// Deletes what was uploaded. Nothing fails if that fails: the disk is imported already.
+/// Deletes what was uploaded, unless it is to be kept. Nothing fails if that fails: the disk is imported already.
 pub(super) async fn delete(job: &Job<'_>, undo: &mut Undo) {
+    if job.request.object.keep {
+        undo.keep_object(&job.target.key);
+        job.events.note(format!("s3://{}/{} is kept", job.target.bucket, job.target.key));
+    }
     for left in undo.objects(job, |_| true).await {
         job.events.warn(format!("could not delete {left}"));
     }
 }
 
-fn open(job: &Job<'_>) -> Result<(File, Parts), Error> {
-    let file = open_disk(job)?;
-    let parts = Parts::of(&file, job.request.size * GIB).map_err(unreadable(job))?;
-    Ok((file, parts))
+/// Deletes the object that a task of another run has imported, unless it is to be kept.
+pub(super) async fn delete_imported(job: &Job<'_>, undo: &mut Undo, key: &str) {
+    let found = job.stop.or("the imported object", Box::pin(object::look(job, key))).await;
+    let is_kept = matches!(found, Ok(Ok(Some(object))) if object.is_kept);
+    if !is_kept && !job.request.object.keep {
+        undo.take_over(Made::Object { key: key.to_owned(), version: None, sure: false });
+        delete(job, undo).await;
+    }
 }
 
 pub(super) fn open_disk(job: &Job<'_>) -> Result<File, Error> {
@@ -131,19 +297,10 @@ async fn create(job: &Job<'_>, undo: &mut Undo) -> Result<(usize, String), Error
     Ok((entry, id))
 }
 
-/// The unfinished upload of the target's key, which is no other run's.
-pub(super) async fn find(job: &Job<'_>) -> Result<Option<String>, Failure> {
-    let target = &job.target;
-    let call = job.clients.s3.list_multipart_uploads().bucket(&target.bucket).prefix(&target.key);
-    let answer = call.send().await.map_err(job.clients.failed("s3:ListMultipartUploads"))?;
-    let own = answer.uploads().iter().find(|upload| upload.key() == Some(&target.key));
-    Ok(own.and_then(|upload| upload.upload_id()).map(str::to_owned))
-}
-
 async fn begin(job: &Job<'_>, attempt: Try) -> Result<String, Failure> {
     // Asked twice, S3 begins two uploads: an earlier request's is used.
     if attempt.doubtful
-        && let Some(id) = find(job).await?
+        && let Some(id) = object::unfinished(job).await?.into_iter().next()
     {
         return Ok(id);
     }
@@ -156,22 +313,13 @@ async fn begin(job: &Job<'_>, attempt: Try) -> Result<String, Failure> {
         .content_type("application/octet-stream")
         .checksum_algorithm(ChecksumAlgorithm::Sha256)
         .checksum_type(ChecksumType::Composite)
-        .metadata("kiln-digest", &job.request.digest)
+        .set_metadata(Some(object::metadata(job)))
+        .set_server_side_encryption(object::encryption(job))
+        .set_ssekms_key_id(object::key_id(job))
         .customize()
         .config_override(s3_once());
     let answer = call.send().await.map_err(job.clients.failed("s3:CreateMultipartUpload"))?;
     answer.upload_id.ok_or_else(|| Failure::found("s3:CreateMultipartUpload", "the answer has no upload id".to_owned()))
-}
-
-/// What was sent of one part.
-struct Sent {
-    part: Part,
-    digest: Digest,
-    etag: String,
-    /// Whether S3 told the SHA-256 of what arrived.
-    confirmed: bool,
-    /// Whether it was copied inside S3.
-    copied: bool,
 }
 
 /// Why a piece of the disk wasn't sent.
@@ -191,216 +339,21 @@ impl Lost {
     }
 }
 
-async fn send_all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Vec<Sent>, Error> {
-    let mut sent = Vec::with_capacity(sender.parts.all.len());
-    let mut waiting = sender.parts.all.clone().into_iter().peekable();
-    let mut running: JoinSet<Result<Sent, Lost>> = JoinSet::new();
-    let mut progress = Progress::of(sender);
-    progress.tell(sender);
-    loop {
-        // A copy costs the line nothing.
-        let most = |part: &Part| job.request.parallel.max(1) * if sender.is_copied(*part) { COPIES_BESIDE } else { 1 };
-        while let Some(part) = waiting.next_if(|part| running.len() < most(part)) {
-            running.spawn(Arc::clone(sender).send(part));
-        }
-        // What still runs is ended with the set, when this returns.
-        let Some(ended) = job.stop.or("the upload", running.join_next()).await? else { break };
-        match ended.unwrap_or_else(|error| Err(Lost::Bug(error))) {
-            Ok(one) => {
-                progress.ended(sender, &one);
-                sent.push(one);
-                progress.tell(sender);
-            }
-            Err(lost) => return Err(lost.into_error(job)),
-        }
-    }
-    sent.sort_unstable_by_key(|one| one.part.number);
-    if sent.iter().any(|one| !one.confirmed) {
-        job.events.detail("the endpoint doesn't confirm SHA-256 checksums; it was asked to check them");
-    }
-    Ok(sent)
-}
-
-/// How far the upload is, in bytes that are sent; what is copied costs nothing.
-struct Progress {
-    done: u64,
-    /// What is left in parts that have to be sent.
-    data: u64,
-    /// What is left in parts that are copied as long as that is possible.
-    holes: u64,
-}
-
-impl Progress {
-    fn of(sender: &Sender) -> Self {
-        let length = |copyable: bool| {
-            let parts = sender.parts.all.iter().filter(|part| sender.parts.is_copyable(**part) == copyable);
-            parts.map(|part| part.length).sum()
-        };
-        Self { done: 0, data: length(false), holes: length(true) }
-    }
-
-    fn ended(&mut self, sender: &Sender, one: &Sent) {
-        let left = if sender.parts.is_copyable(one.part) { &mut self.holes } else { &mut self.data };
-        *left -= one.part.length;
-        self.done += if one.copied { 0 } else { one.part.length };
-    }
-
-    fn tell(&self, sender: &Sender) {
-        let holes = if sender.zeros.as_ref().is_some_and(Zeros::serve) { 0 } else { self.holes };
-        let total = self.done + self.data + holes;
-        sender.events.emit(Event::Progress { phase: "upload", done: self.done, total });
-    }
-}
-
-/// Sends parts; shared by all that are in flight.
-struct Sender {
-    clients: Arc<Clients>,
-    events: Events,
-    bucket: String,
-    key: String,
+/// What is put together.
+struct Completing {
     id: String,
-    path: PathBuf,
-    file: File,
-    parts: Parts,
-    zeros: Option<Zeros>,
+    sent: Vec<Sent>,
+    /// Only where no object is there: what is there is not this run's.
+    if_absent: bool,
 }
 
-impl Sender {
-    /// Whether the part is expected to be copied.
-    fn is_copied(&self, part: Part) -> bool {
-        self.parts.is_copyable(part) && self.zeros.as_ref().is_some_and(Zeros::serve)
-    }
-
-    async fn send(self: Arc<Self>, part: Part) -> Result<Sent, Lost> {
-        let hasher = Arc::clone(&self);
-        let digest = tokio::task::spawn_blocking(move || hasher.parts.digest(&hasher.file, part));
-        let digest = digest.await.map_err(Lost::Bug)?.map_err(Lost::Disk)?;
-        if self.parts.is_zeros(part, &digest)
-            && let Some(copied) = self.copy(part, digest).await
-        {
-            return Ok(copied);
-        }
-        let mut attempt = 1;
-        loop {
-            match self.attempt(part, digest, attempt).await {
-                Err(Lost::Refused(failure)) if attempt < ATTEMPTS && may_be_sent_again(&failure) => {
-                    let why = failure.reason();
-                    self.events
-                        .detail(format!("part {} goes again ({attempt} of {ATTEMPTS} failed): {why}", part.number));
-                    sleep(backoff(attempt)).await;
-                    attempt += 1;
-                }
-                ended => return ended,
-            }
-        }
-    }
-
-    /// Copies a part of zeros inside S3; nothing if that can't be done: then sending it shows why, or works.
-    async fn copy(&self, part: Part, digest: Digest) -> Option<Sent> {
-        let zeros = self.zeros.as_ref()?;
-        for attempt in 1..=zeros::COPIES {
-            let why = match self.copy_once(part, digest, zeros.source(&self.bucket)?).await {
-                Ok(sent) => return Some(sent),
-                Err(failure) if failure.is_passing() && attempt < zeros::COPIES => failure.reason(),
-                Err(failure) => {
-                    if zeros.refuse() {
-                        let why = failure.reason();
-                        self.events.detail(format!("zeros can't be copied inside S3 and are sent: {why}"));
-                    }
-                    return None;
-                }
-            };
-            let number = part.number;
-            self.events.detail(format!("part {number} is copied again ({attempt} of {} failed): {why}", zeros::COPIES));
-            sleep(backoff(attempt)).await;
-        }
-        None
-    }
-
-    async fn copy_once(&self, part: Part, digest: Digest, source: String) -> Result<Sent, Failure> {
-        let call = self
-            .clients
-            .s3
-            .upload_part_copy()
-            .bucket(&self.bucket)
-            .key(&self.key)
-            .upload_id(&self.id)
-            .part_number(part.number)
-            .copy_source(source)
-            .customize()
-            .config_override(s3_once().timeout_config(zeros::timeouts()));
-        let answer = call.send().await.map_err(self.clients.failed("s3:UploadPartCopy"))?;
-        let etag = answer.copy_part_result().and_then(|result| result.e_tag()).unwrap_or_default().to_owned();
-        let arrived = answer.copy_part_result().and_then(|result| result.checksum_sha256());
-        // Without the SHA-256 of a part an object can't be completed that was begun with them.
-        if etag.is_empty() || arrived != Some(&parts::base64(&digest)) {
-            return Err(Failure::useless("s3:UploadPartCopy", "the copy's SHA-256 is not that of zeros, or not told"));
-        }
-        Ok(Sent { part, digest, etag, confirmed: true, copied: true })
-    }
-
-    async fn attempt(&self, part: Part, digest: Digest, attempt: u32) -> Result<Sent, Lost> {
-        let body = ByteStream::read_from()
-            .path(&self.path)
-            .offset(part.offset)
-            .length(Length::Exact(part.length))
-            .buffer_size(READ)
-            .build()
-            .await
-            .map_err(|error| Lost::Disk(std::io::Error::other(error)))?;
-        let expected = parts::base64(&digest);
-        let answer = self
-            .clients
-            .s3
-            .upload_part()
-            .bucket(&self.bucket)
-            .key(&self.key)
-            .upload_id(&self.id)
-            .part_number(part.number)
-            .checksum_algorithm(ChecksumAlgorithm::Sha256)
-            .checksum_sha256(&expected)
-            .content_length(i64::try_from(part.length).unwrap_or(i64::MAX))
-            .body(body)
-            .customize()
-            .config_override(s3_once().timeout_config(part_timeouts(part.length, attempt)))
-            .send()
-            .await
-            .map_err(|error| Lost::Refused(self.clients.failed("s3:UploadPart")(error)))?;
-        let arrived = answer.checksum_sha256();
-        if arrived.is_some_and(|arrived| arrived != expected) {
-            let message = format!("part {} arrived damaged", part.number);
-            return Err(Lost::Refused(Failure::found("s3:UploadPart", message)));
-        }
-        // A page to sign in at says that all is well, too.
-        let Some(etag) = answer.e_tag().map(str::to_owned) else {
-            let message = format!("the answer to part {} has no ETag", part.number);
-            return Err(Lost::Refused(Failure::found("s3:UploadPart", message)));
-        };
-        Ok(Sent { part, digest, etag, confirmed: arrived.is_some(), copied: false })
-    }
-}
-
-/// Damage on the way is found by S3, which then refuses the part; sent again it may arrive whole.
-fn may_be_sent_again(failure: &Failure) -> bool {
-    failure.is_passing()
-        || matches!(failure.code.as_str(), "BadDigest" | "XAmzContentChecksumMismatch" | "IncompleteBody")
-}
-
-/// For an attempt at a part of `length` bytes.
-pub(super) fn part_timeouts(length: u64, attempt: u32) -> TimeoutConfig {
-    let limit = part_limit(length, attempt);
-    TimeoutConfig::builder().operation_attempt_timeout(limit).operation_timeout(limit).build()
-}
-
-/// How long an attempt may take. A stalled line is noticed quickly, a slow one gets more time with each attempt.
-fn part_limit(length: u64, attempt: u32) -> Duration {
-    Duration::from_secs(30 + length / SLOWEST).saturating_mul(1 << attempt.saturating_sub(1).min(8))
-}
-
-/// Has S3 put the parts together. The undo entry of the upload becomes that of the object.
-async fn complete(job: &Job<'_>, undo: &mut Undo, entry: usize, id: &str, sent: Vec<Sent>) -> Result<(), Error> {
+/// Has S3 put the parts together. The undo entry of the upload becomes that of the object. `false` if another run has ended
+/// the upload, or made an object meanwhile.
+async fn complete(job: &Job<'_>, undo: &mut Undo, entry: usize, all: Completing) -> Result<bool, Error> {
+    let Completing { id, sent, if_absent } = all;
     let digests: Vec<Digest> = sent.iter().map(|one| one.digest).collect();
     let whole = parts::composite(&digests);
+    let size = sent.iter().map(|one| one.part.length).sum();
     let parts = sent.into_iter().map(completed_part).collect();
     let timeouts = TimeoutConfig::builder().operation_attempt_timeout(COMPLETE).operation_timeout(COMPLETE * 2).build();
     let call = job
@@ -409,32 +362,51 @@ async fn complete(job: &Job<'_>, undo: &mut Undo, entry: usize, id: &str, sent: 
         .complete_multipart_upload()
         .bucket(&job.target.bucket)
         .key(&job.target.key)
-        .upload_id(id)
+        .upload_id(&id)
         .checksum_type(ChecksumType::Composite)
+        .set_if_none_match(if_absent.then(|| "*".to_owned()))
         .multipart_upload(CompletedMultipartUpload::builder().set_parts(Some(parts)).build())
         .customize()
         .config_override(aws_sdk_s3::config::Builder::new().timeout_config(timeouts));
     let what = "S3 to put the parts together";
     job.stop.check(what)?;
-    undo.made(entry, Made::Upload { id: Some(id.to_owned()), completing: true });
-    let (version, checksum) = match job.stop.creating(what, call.send()).await? {
-        Ok(answer) => (answer.version_id, answer.checksum_sha256),
-        Err(error) => {
-            let failure = job.clients.failed("s3:CompleteMultipartUpload")(error);
-            // If the first answer was lost and the SDK asked again, the upload is gone because it became the object.
-            if failure.code != "NoSuchUpload" {
-                return Err(job.error(failure));
-            }
-            match job.stop.or("the uploaded object", Box::pin(object(job, &job.target.key))).await? {
-                Ok(Some(object)) if object.checksum.as_deref() == Some(&whole) => (object.version, object.checksum),
-                _ => return Err(job.error(failure)),
-            }
+    let unfinished = |completing| Made::Upload { id: Some(id.clone()), completing };
+    undo.made(entry, unfinished(true));
+    let failure = match job.stop.creating(what, call.send()).await? {
+        Ok(answer) => {
+            undo.made(entry, of_version(job, object::real_version(answer.version_id)));
+            return match answer.checksum_sha256 {
+                Some(arrived) if arrived != whole => Err(damaged(job)),
+                _ => Ok(true),
+            };
         }
+        Err(error) => job.clients.failed("s3:CompleteMultipartUpload")(error),
     };
-    undo.made(entry, Made::Object { key: job.target.key.clone(), version: real_version(version), sure: true });
-    match checksum {
-        Some(arrived) if arrived != whole => Err(damaged(job)),
-        _ => Ok(()),
+    let gone = failure.code == "NoSuchUpload";
+    // There is an object, or there was while the parts were put together ("How to prevent object overwrites", S3 User Guide).
+    if !gone && !matches!(failure.code.as_str(), "PreconditionFailed" | "ConditionalRequestConflict") {
+        return Err(job.error(failure));
+    }
+    let found = job.stop.or("the uploaded object", Box::pin(object::look(job, &job.target.key))).await?;
+    if !gone {
+        undo.made(entry, unfinished(false));
+    }
+    match found {
+        // Perhaps it is this upload's: the first answer was lost, and the SDK has asked again.
+        Ok(Some(object)) if object.is_of_disk(job) && object.is(size, &whole) => {
+            if gone {
+                undo.forget(entry);
+            }
+            undo.take_over(of_version(job, object.version));
+            Ok(true)
+        }
+        Ok(_) => {
+            if gone {
+                undo.forget(entry);
+            }
+            Ok(false)
+        }
+        Err(_) => Err(job.error(failure)),
     }
 }
 
@@ -446,42 +418,7 @@ fn completed_part(sent: Sent) -> CompletedPart {
         .build()
 }
 
-/// What S3 says of an object.
-pub(super) struct Object {
-    pub(super) version: Option<String>,
-    checksum: Option<String>,
-}
-
-/// The object with this key in the target's bucket, if it is there.
-pub(super) async fn object(job: &Job<'_>, key: &str) -> Result<Option<Object>, Failure> {
-    let bucket = &job.target.bucket;
-    let head = job.clients.s3.head_object().bucket(bucket).key(key).checksum_mode(ChecksumMode::Enabled);
-    match head.send().await.map_err(job.clients.failed("s3:HeadObject")) {
-        Ok(head) => Ok(Some(Object { version: real_version(head.version_id), checksum: head.checksum_sha256 })),
-        Err(failure) if failure.is_not_found() => Ok(None),
-        Err(failure) => Err(failure),
-    }
-}
-
-/// A bucket that keeps no versions has none, or one named `null`.
-pub(super) fn real_version(version: Option<String>) -> Option<String> {
-    version.filter(|version| version != "null")
-}
-
 fn damaged(job: &Job<'_>) -> Error {
     Error::new(Exit::Publish, format!("s3://{}/{} differs from what was sent", job.target.bucket, job.target.key))
         .help("publish again; the disk is unchanged")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::units::MIB;
-
-    #[test]
-    fn a_part_gets_more_time_with_each_attempt() {
-        assert_eq!(part_limit(8 * MIB, 1), Duration::from_secs(94));
-        assert_eq!(part_limit(8 * MIB, 2), Duration::from_secs(188));
-        assert_eq!(part_limit(8 * MIB, 6), Duration::from_secs(94 * 32));
-    }
 }

@@ -12,10 +12,11 @@ use aws_sdk_s3::primitives::{ByteStream, Length};
 use aws_sdk_s3::types::ChecksumAlgorithm;
 
 use super::failure::Failure;
+use super::object::{Object, StoredParts};
 use super::parts::{self, Digest, Part, Parts};
 use super::retry::{Try, s3_once};
 use super::undo::{Made, Undo};
-use super::{Job, upload};
+use super::{Job, object, send};
 use crate::error::Error;
 
 /// Fewer holes than this are sent: the object takes a request to make and one to delete.
@@ -32,29 +33,72 @@ pub(super) struct Zeros {
     refused: AtomicBool,
 }
 
-/// Makes the object of zeros, from one of the disk's holes, if there are enough of them. Where that fails they are sent.
-pub(super) async fn make(job: &Job<'_>, undo: &mut Undo, parts: &Parts) -> Result<Option<Zeros>, Error> {
+/// Makes the object of zeros, from one of the disk's holes, if enough of them are missing in what S3 has `stored` of an
+/// upload that was taken up. Where that fails they are sent.
+pub(super) async fn make(
+    job: &Job<'_>,
+    undo: &mut Undo,
+    parts: &Parts,
+    stored: Option<&StoredParts>,
+) -> Result<Option<Zeros>, Error> {
+    let has = |hole: &Part| stored.is_some_and(|stored| stored.contains_key(&hole.number));
     // Any of them will do, if there are so many.
-    let Some(hole) = parts.holes().nth(FEW - 1) else { return Ok(None) };
-    let key = format!("{}.zeros", job.target.key);
-    let made = |version, sure| Made::Object { key: key.clone(), version, sure };
+    let Some(hole) = parts.holes().filter(|hole| !has(hole)).nth(FEW - 1) else {
+        if stored.is_some() {
+            let _ = take_over(job, undo).await?;
+        }
+        return Ok(None);
+    };
+    let zeros = Zeros { key: key(job), refused: AtomicBool::new(false) };
+    let made = |version, sure| Made::Object { key: zeros.key.clone(), version, sure };
     let digest = parts.hole_digest(hole);
-    let put = |attempt| put(job, &key, hole, digest, attempt);
+    let are_sent = |why: String| job.events.detail(format!("zeros can't be kept in S3 and are sent: {why}"));
+    match take_over(job, undo).await? {
+        Ok(Some(there)) if !there.is_of_disk(job) => {
+            are_sent(format!("another object is there: s3://{}/{}", job.target.bucket, zeros.key));
+            return Ok(None);
+        }
+        // An earlier run has left them, or another one uses them at this moment.
+        Ok(Some(there)) if there.is(hole.length, &parts::base64(&digest)) => return Ok(Some(zeros)),
+        Ok(_) => {}
+        // Who may not look may not copy either.
+        Err(failure) => {
+            are_sent(failure.reason());
+            return Ok(None);
+        }
+    }
+    let put = |attempt| put(job, &zeros.key, hole, digest, attempt);
     let (entry, answer) = job.make("the zeros that parts are copied from", undo, made(None, false), put).await?;
     match answer {
         Ok(version) => undo.made(entry, made(version, true)),
         Err(failure) => {
-            job.events.detail(format!("zeros can't be kept in S3 and are sent: {}", failure.reason()));
+            are_sent(failure.reason());
             return Ok(None);
         }
     }
-    Ok(Some(Zeros { key, refused: AtomicBool::new(false) }))
+    Ok(Some(zeros))
+}
+
+fn key(job: &Job<'_>) -> String {
+    format!("{}.zeros", job.target.key)
+}
+
+/// Looks for zeros that an earlier run of this disk has left: this one deletes them.
+pub(super) async fn take_over(job: &Job<'_>, undo: &mut Undo) -> Result<Result<Option<Object>, Failure>, Error> {
+    let key = key(job);
+    let found = job.stop.or("the zeros", Box::pin(object::look(job, &key))).await?;
+    if let Ok(Some(there)) = &found
+        && there.is_of_disk(job)
+    {
+        undo.take_over(Made::Object { key, version: there.version.clone(), sure: true });
+    }
+    Ok(found)
 }
 
 async fn put(job: &Job<'_>, key: &str, hole: Part, digest: Digest, attempt: Try) -> Result<Option<String>, Failure> {
     // Sent twice, a bucket that keeps versions has two: an earlier request's is used.
     if attempt.doubtful
-        && let Ok(Some(object)) = upload::object(job, key).await
+        && let Ok(Some(object)) = object::look(job, key).await
     {
         return Ok(object.version);
     }
@@ -68,12 +112,15 @@ async fn put(job: &Job<'_>, key: &str, hole: Part, digest: Digest, attempt: Try)
         .key(key)
         .checksum_algorithm(ChecksumAlgorithm::Sha256)
         .checksum_sha256(parts::base64(&digest))
+        .set_metadata(Some(object::metadata(job)))
+        .set_server_side_encryption(object::encryption(job))
+        .set_ssekms_key_id(object::key_id(job))
         .content_length(i64::try_from(hole.length).unwrap_or(i64::MAX))
         .body(body.build().await.map_err(unreadable)?)
         .customize()
-        .config_override(s3_once().timeout_config(upload::part_timeouts(hole.length, attempt.number)));
+        .config_override(s3_once().timeout_config(send::part_timeouts(hole.length, attempt.number)));
     let answer = call.send().await.map_err(job.clients.failed("s3:PutObject"))?;
-    Ok(upload::real_version(answer.version_id))
+    Ok(object::real_version(answer.version_id))
 }
 
 impl Zeros {

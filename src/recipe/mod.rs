@@ -31,7 +31,7 @@ use crate::units::Size;
 
 pub use encryption::Encryption;
 pub use grantee::Grantee;
-pub use publish::{BootMode, DEFAULT_ROOT_DEVICE, Imds, Publish, Refusal, Tpm, Via};
+pub use publish::{BootMode, DEFAULT_ROOT_DEVICE, DiskFormat, Imds, Publish, Refusal, Sse, Tpm, Via};
 pub use read::parse;
 pub use release::{Protection, Release, days, parameter};
 pub use template::{Meanings, TemplateError, TextPart, name_parts, text_parts};

@@ -71,6 +71,14 @@ pub struct Publish {
     pub via: Via,
     /// What is done with the image once it is there.
     pub release: Release,
+    /// As which bytes the disk is uploaded.
+    pub disk_format: DiskFormat,
+    /// How S3 encrypts the upload; none: as the bucket has it.
+    pub sse: Option<Sse>,
+    /// The KMS key for that; none: the account's own for S3.
+    pub sse_kms_key: Option<String>,
+    /// The uploaded object stays when it is imported.
+    pub keep_object: bool,
     /// Of the table's header.
     pub span: Option<Range<usize>>,
 }
@@ -126,7 +134,29 @@ words! {
     }
 }
 
-const KNOWN: [&str; 30] = [
+words! {
+    /// As which bytes a disk is uploaded.
+    #[derive(Default)]
+    DiskFormat {
+        /// As it is.
+        #[default]
+        Raw = "raw",
+        /// Compressed, as a stream-optimised VMDK.
+        Vmdk = "vmdk",
+    }
+}
+
+words! {
+    /// How S3 encrypts an object, in S3's own words.
+    Sse {
+        /// With a key of S3's own.
+        Aes256 = "AES256",
+        /// With a key of KMS.
+        Kms = "aws:kms",
+    }
+}
+
+const KNOWN: [&str; 34] = [
     "image_name",
     "description",
     "regions",
@@ -157,6 +187,10 @@ const KNOWN: [&str; 30] = [
     "deprecate_after",
     "protection",
     "parameter",
+    "disk_format",
+    "sse",
+    "sse_kms_key",
+    "keep_object",
 ];
 
 /// Reads `[publish]`; `name` is the recipe's.
@@ -181,10 +215,26 @@ pub(super) fn read(top: &Fields<'_>, name: &str, base: Option<&Base>, disk: &Dis
     publish.volumes = volumes::others(&fields, publish.root_device.as_deref().unwrap_or(DEFAULT_ROOT_DEVICE));
     publish.role = checked(&fields, "role", role).map(|found| found.value);
     publish.via = fields.word("via").map(|found| found.value).unwrap_or_default();
+    upload(&fields, &mut publish);
     publish.release = release::read(&fields);
     publish.encryption = encrypted::read(&fields, &publish.regions, publish.via);
     tags(&fields, name, &mut publish);
     publish
+}
+
+/// How the disk is an object.
+fn upload(fields: &Fields<'_>, publish: &mut Publish) {
+    publish.disk_format = fields.word("disk_format").map(|found| found.value).unwrap_or_default();
+    publish.sse = fields.word("sse").map(|found| found.value);
+    publish.sse_kms_key = fields.filled("sse_kms_key").map(|found| found.value);
+    publish.keep_object = fields.boolean("keep_object").is_some_and(|found| found.value);
+    if publish.sse_kms_key.is_some()
+        && publish.sse != Some(Sse::Kms)
+        && let Some(entry) = fields.entry("sse_kms_key")
+    {
+        let help = Some("write `sse = \"aws:kms\"` as well".to_owned());
+        fields.reader.refuse(&entry.key_origin, "`sse_kms_key` is of use only with KMS", help);
+    }
 }
 
 /// What is wrong, and what helps.

@@ -3,11 +3,12 @@
 use std::fmt::Write as _;
 use std::io::{self, Write};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::board::prefixed;
+use super::rate::Rate;
 use super::{Ui, Verbosity};
 use crate::event::Event;
 use crate::units::{Size, show_duration};
@@ -15,8 +16,15 @@ use crate::units::{Size, show_duration};
 /// See the module.
 pub(super) struct Shower {
     ui: Ui,
-    live: Mutex<Option<ProgressBar>>,
+    began: Instant,
+    live: Mutex<Option<Live>>,
     beside: Option<Beside>,
+}
+
+/// The live line.
+struct Live {
+    bar: ProgressBar,
+    rate: Rate,
 }
 
 /// One of several builds on a terminal.
@@ -24,6 +32,9 @@ pub(super) struct Beside {
     pub(super) name: String,
     pub(super) lives: MultiProgress,
 }
+
+/// While bytes are uploaded.
+const UPLOAD: &str = "{spinner} uploading {prefix} {bar:24}";
 
 #[derive(Clone, Copy)]
 enum Colour {
@@ -35,11 +46,11 @@ enum Colour {
 
 impl Shower {
     pub(super) fn new(ui: Ui) -> Self {
-        Self { ui, live: Mutex::new(None), beside: None }
+        Self { ui, began: Instant::now(), live: Mutex::new(None), beside: None }
     }
 
     pub(super) fn beside(ui: Ui, beside: Beside) -> Self {
-        Self { ui, live: Mutex::new(None), beside: Some(beside) }
+        Self { ui, began: Instant::now(), live: Mutex::new(None), beside: Some(beside) }
     }
 
     pub(super) fn show(&self, event: &Event) {
@@ -63,7 +74,7 @@ impl Shower {
             Event::Output { line } => {
                 self.print(Verbosity::Normal, &format!("{} {}", self.paint(Colour::Dim, "        |"), printable(line)));
             }
-            Event::Progress { done, total, .. } => self.progress(*done, *total),
+            Event::Progress { phase, done, total } => self.progress(phase, *done, *total),
             Event::Warning { message, help } => {
                 let mut text = format!("{} {message}", self.paint(Colour::Yellow, "warning:"));
                 if let Some(help) = help {
@@ -94,7 +105,7 @@ impl Shower {
         let live = self.live.lock().unwrap_or_else(PoisonError::into_inner);
         let write = || drop(writeln!(io::stderr().lock(), "{text}"));
         match &*live {
-            Some(bar) => bar.suspend(write),
+            Some(live) => live.bar.suspend(write),
             None => write(),
         }
     }
@@ -110,28 +121,42 @@ impl Shower {
         bar.set_style(style("{spinner} {msg} {elapsed}"));
         bar.set_message(what);
         bar.enable_steady_tick(Duration::from_millis(125));
-        let before = self.live.lock().unwrap_or_else(PoisonError::into_inner).replace(bar);
+        let before =
+            self.live.lock().unwrap_or_else(PoisonError::into_inner).replace(Live { bar, rate: Rate::default() });
         if let Some(before) = before {
-            before.finish_and_clear();
+            before.bar.finish_and_clear();
         }
     }
 
-    fn progress(&self, done: u64, total: u64) {
-        if let Some(bar) = &*self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    fn progress(&self, phase: &str, done: u64, total: u64) {
+        if let Some(live) = &mut *self.live.lock().unwrap_or_else(PoisonError::into_inner)
             && total > 0
         {
+            let Live { bar, rate } = live;
+            let uploads = phase == "upload";
             if bar.length() != Some(total) {
                 bar.set_length(total);
-                bar.set_style(style("{spinner} {msg} {bar:24} {percent}% {prefix} {eta} left"));
+                bar.set_style(style(if uploads {
+                    UPLOAD
+                } else {
+                    "{spinner} {msg} {bar:24} {percent}% {prefix} {eta} left"
+                }));
             }
-            bar.set_prefix(if total > 1 << 20 { format!("{} of {}", Size(done), Size(total)) } else { String::new() });
+            bar.set_prefix(if uploads {
+                rate.note(self.began.elapsed().as_secs_f64(), done);
+                rate.in_words(done, total)
+            } else if total > 1 << 20 {
+                format!("{} of {}", Size(done), Size(total))
+            } else {
+                String::new()
+            });
             bar.set_position(done);
         }
     }
 
     fn end(&self) {
-        if let Some(bar) = self.live.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            bar.finish_and_clear();
+        if let Some(live) = self.live.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            live.bar.finish_and_clear();
         }
     }
 

@@ -2,6 +2,7 @@
 
 mod board;
 mod human;
+mod rate;
 
 use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;

@@ -91,11 +91,15 @@ fn parts_are_sent_side_by_side_and_the_object_goes_when_it_is_imported() {
     ec2:DescribeImages
     s3:HeadBucket
     ec2:ImportSnapshot
+    s3:HeadObject
+    s3:ListMultipartUploads
+    s3:HeadObject
     s3:PutObject
     s3:CreateMultipartUpload
     s3:UploadPart
     s3:CompleteMultipartUpload
     s3:DeleteObject
+    ec2:DescribeImportSnapshotTasks
     ec2:ImportSnapshot
     ec2:DescribeImportSnapshotTasks
     s3:DeleteObject

@@ -8,15 +8,18 @@ mod every_step;
 mod fields;
 mod made;
 mod memory;
+mod object;
 mod places;
 mod refused;
 mod regions;
 mod release;
 mod second;
 mod stopped;
+mod upload;
 mod wire;
 
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::process::Command;
 
 use serde_json::{Value, json};
@@ -49,10 +52,15 @@ impl Stage {
 
     /// Of a recipe with these tables.
     fn of(recipe: &str) -> Self {
+        // Enough for several parts.
+        Self::on(recipe, |base| append_data(base, 40 << 20))
+    }
+
+    /// On a base that was changed so.
+    fn on(recipe: &str, change: impl FnOnce(&Path)) -> Self {
         let bench = Bench::empty();
         write_base(&bench.path("base.raw"), Base::Mbr);
-        // Enough for several parts.
-        append_data(&bench.path("base.raw"), 40 << 20);
+        change(&bench.path("base.raw"));
         bench.recipe(recipe);
         bench.build(&json!({})).run().succeeded();
         let disk = stamp(&bench);
@@ -129,7 +137,7 @@ fn word(said: &str, prefix: &str) -> String {
     found.unwrap_or_else(|| panic!("no {prefix} in: {said}")).to_owned()
 }
 
-/// The object's key has the disk's digest and a number of this run: both are left out.
+/// The object's key has the disk's digest: it is left out.
 fn without_key(said: &str) -> String {
     let start = "s3://images/web-";
     match said.split_once(start) {

@@ -70,7 +70,7 @@ fn a_name_that_is_taken() {
 fn credentials_that_expire_on_the_way() {
     let stage = Stage::new();
     stage.aws.fault(
-        &json!({ "action": "ec2:DescribeImportSnapshotTasks", "error": "RequestExpired", "skip": 1, "count": 1 }),
+        &json!({ "action": "ec2:DescribeImportSnapshotTasks", "error": "RequestExpired", "skip": 2, "count": 1 }),
     );
     insta::assert_snapshot!(stage.fails(stage.publish(), 7, NOTHING), @r"
     error: the AWS credentials have expired

@@ -1,5 +1,6 @@
 //! The local AWS endpoint: a real server with real state, which can be told to fail.
 
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ pub(crate) struct Aws {
 }
 
 fn script() -> Command {
-    Command::new(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/aws-local"))
+    Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/aws-local"))
 }
 
 impl Aws {
@@ -115,6 +116,47 @@ impl Aws {
         let tasks = ["pending", "active"].map(|state| list(&names["import_tasks"][state])).concat();
         let others = [list(&names["snapshots"]), list(&names["images"]), tasks].concat();
         stored.iter().map(|name| format!("s3://{}", text(name))).chain(others.iter().map(text)).collect()
+    }
+
+    /// A call of S3 by another program: method, path with query, further headers, and a body.
+    #[track_caller]
+    pub(crate) fn s3(&self, method: &str, path: &str, headers: &[&str], body: &[u8]) -> String {
+        let file = self.state.path().join("body");
+        std::fs::write(&file, body).unwrap();
+        let credential = "Credential=test/20260101/us-east-1/s3/aws4_request";
+        let signed = format!("Authorization: AWS4-HMAC-SHA256 {credential}, SignedHeaders=host, Signature=0");
+        let mut curl = Command::new("curl");
+        curl.args(["-sS", "--fail-with-body", "--max-time", "30", "-X", method, "-H", &signed]);
+        curl.args(["-H", "x-amz-content-sha256: UNSIGNED-PAYLOAD"]);
+        curl.args(headers.iter().flat_map(|header| ["-H", header]));
+        curl.arg("--data-binary").arg(format!("@{}", file.display()));
+        let output = curl.arg(format!("{}/{path}", self.url())).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{method} {path}: {text}{}", String::from_utf8_lossy(&output.stderr));
+        text
+    }
+
+    /// What S3 says of an object.
+    #[track_caller]
+    pub(crate) fn head(&self, path: &str) -> String {
+        self.get(path, "-I", Path::new("-"))
+    }
+
+    /// Fetches an object.
+    #[track_caller]
+    pub(crate) fn download(&self, path: &str, to: &Path) {
+        self.get(path, "-f", to);
+    }
+
+    #[track_caller]
+    fn get(&self, path: &str, option: &str, to: &Path) -> String {
+        let credential = "Credential=test/20260101/us-east-1/s3/aws4_request";
+        let signed = format!("Authorization: AWS4-HMAC-SHA256 {credential}, SignedHeaders=host, Signature=0");
+        let mut curl = Command::new("curl");
+        curl.args(["-sS", "--max-time", "60", option, "-H", &signed, "-o"]).arg(to);
+        let output = curl.arg(format!("{}/{path}", self.url())).output().unwrap();
+        assert!(output.status.success(), "{path}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
     /// From now on new snapshots are encrypted, as an account's owner may choose.

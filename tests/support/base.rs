@@ -28,6 +28,17 @@ pub(crate) fn append_data(path: &Path, len: u64) {
     std::io::copy(&mut std::io::repeat(b'd').take(len), &mut { file }).unwrap();
 }
 
+/// The same of data that doesn't get smaller.
+pub(crate) fn append_noise(path: &Path, len: usize) {
+    let mut state = 1_u64;
+    let noise = std::iter::repeat_with(|| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        state.to_be_bytes()[0]
+    });
+    let mut file = std::fs::File::options().append(true).open(path).unwrap();
+    std::io::Write::write_all(&mut file, &noise.take(len).collect::<Vec<_>>()).unwrap();
+}
+
 pub(crate) fn write_base(path: &Path, base: Base) {
     let extra = if let Base::Large(mib) = base { mib * MIB } else { 0 };
     let file = std::fs::File::create(path).unwrap();

@@ -321,7 +321,8 @@ fn publishing_takes_everything_there_is() {
     let publish = "[publish]\nimage_name = '{name} {date} {time} {version} {digest:64}'\ndescription = 'd'
         regions = ['us-gov-west-1', 'cn-north-1']\nbucket = 'a.b-c'\nprefix = 'images/'\nboot_mode = 'legacy-bios'
         imds = 'v1.0'\nvolume_type = 'gp2'\nroot_device = '/dev/sda1'\nrole = 'vm-import'
-        tags = { Name = 'x', 'a:b' = '' }\n";
+        tags = { Name = 'x', 'a:b' = '' }\ndisk_format = 'vmdk'\nsse = 'aws:kms'\nsse_kms_key = 'alias/images'
+        keep_object = true\n";
     let publish = read(&format!("{SMALL}{publish}")).publish;
     let parts = name_parts(publish.image_name.as_deref().unwrap()).unwrap();
     let (gap, digest) = (TextPart::Text(" "), TextPart::Digest(64));
@@ -332,6 +333,8 @@ fn publishing_takes_everything_there_is() {
     assert_eq!((publish.root.volume_type, publish.root_device.as_deref()), (VolumeType::Gp2, Some("/dev/sda1")));
     assert_eq!((publish.role.as_deref(), publish.prefix.as_deref()), (Some("vm-import"), Some("images/")));
     assert_eq!(publish.tags["a:b"], "");
+    assert_eq!((publish.disk_format, publish.sse), (DiskFormat::Vmdk, Some(Sse::Kms)));
+    assert_eq!((publish.sse_kms_key.as_deref(), publish.keep_object), (Some("alias/images"), true));
 }
 
 #[test]

@@ -64,6 +64,11 @@ const UNKNOWN_KEYS: &[(&str, &str, &str)] = &[
         "[[test]]\nnmae",
         "42:1 `nmae`: unknown key `nmae` in [[test]]; did you mean `name`?",
     ),
+    (
+        "bucket =",
+        "sse = \"AES256\"\nsse_kms_key = \"alias/images\"\nbucket =",
+        "49:1 `sse_kms_key`: `sse_kms_key` is of use only with KMS; write `sse = \"aws:kms\"` as well",
+    ),
     ("bucket =", "buckt =", "48:1 `buckt`: unknown key `buckt` in [publish]; did you mean `bucket`?"),
     ("keep = [\"logs\"]", "kep = [\"logs\"]", "39:1 `kep`: unknown key `kep` in [seal]; did you mean `keep`?"),
     (
