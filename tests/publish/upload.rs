@@ -70,7 +70,7 @@ fn a_killed_kilns_upload_is_gone_on_with() {
     stage.aws.reset();
 
     let said = stage.aws.with(stage.bench.kiln(["publish", "out/web", "--dry-run"])).run().stderr;
-    assert!(said.contains(&format!("; {} were there)", before.len())), "{said}");
+    assert!(said.contains(&format!("; {} parts were there)", before.len())), "{said}");
 
     let ran = stage.aws.with(stage.bench.kiln(["publish", "out/web"])).run();
     let words = format!("going on with an upload that was begun before: {} parts are there\n", before.len());
