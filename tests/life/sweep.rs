@@ -65,7 +65,7 @@ fn in_a_bucket_only_what_kiln_has_put_there_goes() {
     stage.aws.bucket("images-eu", "eu-west-1");
     let own = format!("x-amz-meta-kiln-digest: {DIGEST}");
     let other = format!("x-amz-meta-kiln-digest: {}", "f".repeat(32));
-    let put = |key: &str, header: &str| stage.aws.s3("PUT", &format!("images/{key}"), &["-H", header, "-d", "x"]);
+    let put = |key: &str, header: &str| stage.aws.s3("PUT", &format!("images/{key}"), &[header], b"x");
     let disk = format!("kiln/web-{DIGEST}.raw");
     put(&disk, &own);
     put(&format!("web-{DIGEST}.raw.zeros"), "x-none: x");
@@ -77,7 +77,7 @@ fn in_a_bucket_only_what_kiln_has_put_there_goes() {
         put(&key, header);
     }
     for key in [format!("web-{DIGEST}.raw"), "theirs.raw".to_owned()] {
-        stage.aws.s3("POST", &format!("images/{key}?uploads"), &[]);
+        stage.aws.s3("POST", &format!("images/{key}?uploads"), &[], b"");
     }
     assert_eq!(stage.aws.resources()[..2], [5, 2]);
     let ask = ["--bucket", "images", "--older", "0s", "--region", "eu-west-1", "--yes"];

@@ -290,9 +290,12 @@ fn an_object_that_another_import_reads_is_not_deleted() {
         let (bucket, object) = key.split_once('/').unwrap();
         (bucket.to_owned(), object.to_owned())
     };
-    stage.aws.ec2(&format!(
-        "Action=ImportSnapshot&DiskContainer.Format=RAW&DiskContainer.UserBucket.S3Bucket={bucket}&DiskContainer.UserBucket.S3Key={object}"
-    ));
+    let place = [
+        ("DiskContainer.Format", "RAW"),
+        ("DiskContainer.UserBucket.S3Bucket", &bucket),
+        ("DiskContainer.UserBucket.S3Key", &object),
+    ];
+    stage.aws.ec2("us-east-1", "ImportSnapshot", &place);
     let ran = stage.publish().run();
     assert!(ran.stderr.contains("warning: could not delete object s3://images/web-"), "{}", ran.stderr);
     assert!(ran.stderr.contains(" of another publish reads it)"), "{}", ran.stderr);

@@ -188,13 +188,6 @@ impl Aws {
         made["KeyMetadata"]["Arn"].as_str().unwrap().to_owned()
     }
 
-    /// A call of S3 that isn't kiln's.
-    #[track_caller]
-    pub(crate) fn s3(&self, method: &str, path: &str, arguments: &[&str]) -> String {
-        let arguments: Vec<String> = ["-X", method].iter().chain(arguments).map(|text| (*text).to_owned()).collect();
-        self.signed("s3", "us-east-1", path, &arguments)
-    }
-
     #[track_caller]
     fn signed(&self, service: &str, region: &str, path: &str, arguments: &[String]) -> String {
         let credential = format!("Credential=test/20260101/{region}/{service}/aws4_request");
