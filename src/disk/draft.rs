@@ -192,13 +192,16 @@ mod tests {
             Overlay::create(&one, SIZE, Backing::Raw(&base), &[]).unwrap();
             Overlay::create(&two, SIZE, Backing::Overlay(&one), &[]).unwrap();
             let write = |disk: &Path, writes: Vec<(u64, u64, u8)>| {
-                for (start, len, byte) in writes {
+                let command = |(start, len, byte): (u64, u64, u8)| {
                     // 0 is a discard, which makes a hole of whole clusters.
                     let (start, len) = (start * 1024, (len * 1024).min(SIZE - start * 1024));
-                    let command =
-                        if byte == 0 { format!("discard {start} {len}") } else { format!("write -P {byte} {start} {len}") };
-                    tool("qemu-io", &["-d", "unmap", "-f", "qcow2", "-c", &command, text(disk)]);
-                }
+                    if byte == 0 { format!("discard {start} {len}") } else { format!("write -P {byte} {start} {len}") }
+                };
+                let commands: Vec<_> = writes.into_iter().map(command).collect();
+                let mut arguments = vec!["-d", "unmap", "-f", "qcow2"];
+                arguments.extend(commands.iter().flat_map(|command| ["-c", command]));
+                arguments.push(text(disk));
+                tool("qemu-io", &arguments);
             };
             write(&one, below);
             let work = Work::quiet(2);

@@ -205,9 +205,14 @@ impl Table {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+    use std::ops::Range;
+    use std::path::Path;
+    use std::sync::Arc;
+
     use super::*;
-    use crate::disk::boot_files;
-    use crate::disk::testing::{Workshop, cases, fat, memory};
+    use crate::disk::testing::{Workshop, cases, fat};
+    use crate::disk::{ReadAt, boot_files};
     use proptest::prelude::*;
 
     const MIB: u64 = 1 << 20;
@@ -223,6 +228,33 @@ mod tests {
             [("usr/lib/systemd/systemd", b"x"), ("boot/vmlinuz-1", &kernel), ("boot/initrd-1", b"x")];
         shop.ext4(&disk, 9 * MIB, 22 * MIB, &[], &files);
         std::fs::read(disk).unwrap()
+    }
+
+    /// A disk of which a few bytes are others: copying all of it for each damage would take longer than looking at it.
+    struct Damaged {
+        whole: Arc<Vec<u8>>,
+        wrong: Vec<(usize, [u8; 4])>,
+    }
+
+    impl ReadAt for Damaged {
+        fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+            self.whole.read_at(offset, buf)?;
+            let offset = usize::try_from(offset).unwrap();
+            for (at, byte) in self.wrong.iter().flat_map(|(at, bytes)| (*at..).zip(bytes)) {
+                if let Some(read) = at.checked_sub(offset).and_then(|at| buf.get_mut(at)) {
+                    *read = *byte;
+                }
+            }
+            Ok(())
+        }
+
+        fn size(&self) -> io::Result<u64> {
+            self.whole.size()
+        }
+
+        fn next_data(&self, from: u64, until: u64) -> io::Result<Option<Range<u64>>> {
+            self.whole.next_data(from, until)
+        }
     }
 
     /// One of five places, where in it, and what to write there.
@@ -242,17 +274,17 @@ mod tests {
             let root = 9 * mib;
             let (superblock, inodes) = (root + 1024..root + 4096, root..root + 400_000);
             let places = [0..1024, mib..mib + 2048, superblock, inodes, 32 * mib - 600..32 * mib - 4];
-            let whole = bootable();
-            let image = memory(whole.clone());
+            let whole = Arc::new(bootable());
+            let image = Image::new(Arc::clone(&whole) as Arc<dyn ReadAt>, Path::new("memory")).unwrap();
             let table = Table::read(&image).unwrap();
             prop_assert!(boot_files(&table, &image).unwrap().unwrap().check().unwrap().is_ok());
             for damage in damages {
-                let mut bytes = whole.clone();
-                for (place, index, wrong) in damage {
-                    let at = places[place].start + index.index(places[place].len());
-                    bytes[at..at + 4].copy_from_slice(&wrong);
-                }
-                let image = memory(bytes);
+                let wrong = damage
+                    .into_iter()
+                    .map(|(place, index, wrong)| (places[place].start + index.index(places[place].len()), wrong))
+                    .collect();
+                let damaged = Damaged { whole: Arc::clone(&whole), wrong };
+                let image = Image::new(Arc::new(damaged), Path::new("memory")).unwrap();
                 let Ok(table) = Table::read(&image) else { continue };
                 table.find_root(&image).unwrap();
                 table.boot_modes(&image).unwrap();

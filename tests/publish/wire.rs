@@ -16,7 +16,7 @@ const MIB: usize = 1 << 20;
 /// The requests that make something by S3, or that say what became of it, each by a piece of it that no other has.
 const BY_S3: [&str; 10] = [
     "x-id=PutObject",
-    "?uploads",
+    ".raw?uploads",
     "x-id=UploadPart&",
     "x-id=UploadPartCopy",
     "<CompleteMultipartUpload",
