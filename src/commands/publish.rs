@@ -110,7 +110,7 @@ fn tell_github(context: &Context<'_>, published: &[&Published]) {
         ("digest", first.digest.clone()),
         ("images", Value::Object(images).to_string()),
     ];
-    let text: String = lines.iter().map(|(key, value)| format!("{key}={value}\n")).collect();
+    let text = lines.map(|(key, value)| format!("{key}={value}\n")).concat();
     let written =
         File::options().append(true).create(true).open(&file).and_then(|mut file| file.write_all(text.as_bytes()));
     if let Err(error) = written {

@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 use super::client::Clients;
-use super::failure::Failure;
+use super::failure::{Failure, Kind};
 use super::journal::{self, Begun, Journal};
 use super::parts::base64;
 use super::retry::{backoff, ebs_once};
@@ -301,7 +301,9 @@ async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Result<
                 job.events.detail(format!("all is sent, because {} can't be built on: {why}", refused.snapshot));
                 parent = None;
             }
-            (Err(failure), _) if failure.is_denied() || !failure.may_be_done() => return Ok(Err(failure)),
+            (Err(failure), _) if failure.is_denied() || failure.kind == Kind::Unreachable && !failure.may_be_done() => {
+                return Ok(Err(failure));
+            }
             (Err(failure), _) => return Err(start_failed(job, failure)),
         }
     };
@@ -323,7 +325,7 @@ fn asked_encryption(job: &Job<'_>) -> Option<String> {
 }
 
 /// AWS looks at the key at once, and may call one that it can't use by another name.
-fn start_failed(job: &Job<'_>, failure: Failure) -> Error {
+pub(super) fn start_failed(job: &Job<'_>, failure: Failure) -> Error {
     let Some(key) = rules::kms_key(job.request, &job.target.region) else { return job.error(failure) };
     if failure.is_passing() {
         return job.error(failure);

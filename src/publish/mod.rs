@@ -460,10 +460,10 @@ async fn snapshot(
         Found::Image(Image { snapshot, .. }) => Ok(snapshot),
         Found::Nothing => match job.request.via {
             Via::S3 => through_bucket(job, undo, journal).await,
-            Via::Ebs => block_by_block(job, undo, journal).await?.map_err(|refused| job.error(refused)),
+            Via::Ebs => block_by_block(job, undo, journal).await?.map_err(|refused| ebs::start_failed(job, refused)),
             Via::Auto => match block_by_block(job, undo, journal).await? {
                 Ok(snapshot) => Ok(snapshot),
-                Err(refused) if job.target.bucket.is_empty() => Err(job.error(refused)),
+                Err(refused) if job.target.bucket.is_empty() => Err(ebs::start_failed(job, refused)),
                 Err(refused) => {
                     let bucket = &job.target.bucket;
                     job.events

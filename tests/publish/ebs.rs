@@ -104,7 +104,8 @@ fn killed(stage: &Stage) {
     let kiln = stage.publish().start();
     stage.aws.wait_until_struck(PUT);
     let journal = || std::fs::read_to_string(stage.bench.path(JOURNAL)).unwrap_or_default();
-    wait_until("ten blocks in the journal", || journal().lines().count() > 10);
+    // After two lines that say what is made.
+    wait_until("ten blocks in the journal", || journal().lines().count() > 12);
     kiln.signal(Signal::KILL);
     assert_eq!(kiln.end().code, None);
     assert_eq!(stage.aws.resources(), [0, 0, 1, 0, 0], "a snapshot that takes blocks");

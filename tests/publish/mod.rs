@@ -50,6 +50,16 @@ impl Stage {
         Self::of(&format!("{recipe}{more}"))
     }
 
+    /// Of little data, that goes by EBS direct, to be quick; with more lines in the recipe's `[publish]`.
+    fn small(more: &str) -> Self {
+        let bench = Bench::empty();
+        write_base(&bench.path("base.raw"), Base::Mbr);
+        bench.recipe(&format!("[publish]\nimage_name = \"web-1\"\nvia = \"auto\"\n{more}"));
+        bench.build(&json!({})).run().succeeded();
+        let disk = stamp(&bench);
+        Self { bench, aws: Aws::start(), disk }
+    }
+
     /// Of a recipe with these tables.
     fn of(recipe: &str) -> Self {
         // Enough for several parts.

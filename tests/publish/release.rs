@@ -22,7 +22,7 @@ fn another_disk(stage: &Stage) {
 
 #[test]
 fn an_image_is_shared_dated_protected_and_named() {
-    let stage = Stage::with(ALL);
+    let stage = Stage::small(ALL);
     let image = stage.published(stage.publish().run());
     let done = |action: &str| {
         let calls = stage.aws.requests(action);
@@ -50,7 +50,7 @@ fn an_image_is_shared_dated_protected_and_named() {
 
 #[test]
 fn an_image_that_can_not_be_shared_is_taken_back() {
-    let stage = Stage::with(ALL);
+    let stage = Stage::small(ALL);
     stage.aws.fault(&json!({ "action": "ec2:ModifyImageAttribute", "error": "UnauthorizedOperation" }));
     let said = stage.fails(stage.publish(), 7, NOTHING);
     assert!(said.contains("not permitted to call ModifyImageAttribute"), "{said}");
@@ -59,7 +59,7 @@ fn an_image_that_can_not_be_shared_is_taken_back() {
 
 #[test]
 fn an_image_without_its_parameter_is_there_all_the_same() {
-    let stage = Stage::with(ALL);
+    let stage = Stage::small(ALL);
     stage.aws.fault(&json!({ "action": "ssm:PutParameter", "error": "AccessDeniedException" }));
     let ran = stage.publish().run();
     assert_eq!(ran.code, Some(7), "{}", ran.stderr);
@@ -75,15 +75,15 @@ fn an_image_without_its_parameter_is_there_all_the_same() {
 
 #[test]
 fn everyone_only_where_the_account_lets_them() {
-    let stage = Stage::new();
+    let stage = Stage::small("");
     let said = stage.fails(publish(&stage, ["--share", "all"]), 7, NOTHING);
     assert!(said.contains("this account lets no images be public in us-east-1 (block public access)"), "{said}");
-    assert!(stage.aws.requests("s3:CreateMultipartUpload").is_empty(), "before anything is sent");
+    assert!(stage.aws.requests("ebs:StartSnapshot").is_empty(), "before anything is sent");
 }
 
 #[test]
 fn a_new_disk_takes_the_name_when_its_image_is_available() {
-    let stage = Stage::new();
+    let stage = Stage::small("");
     let first = stage.published(stage.publish().run());
     another_disk(&stage);
     let said = publish(&stage, []).run().failed(7);
@@ -106,7 +106,7 @@ fn a_new_disk_takes_the_name_when_its_image_is_available() {
 
 #[test]
 fn a_protected_image_keeps_its_name() {
-    let stage = Stage::with("protection = \"on\"\n");
+    let stage = Stage::small("protection = \"on\"\n");
     let first = stage.published(stage.publish().run());
     another_disk(&stage);
     let said = publish(&stage, ["--force"]).run().failed(7);
