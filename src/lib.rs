@@ -95,6 +95,20 @@
 //! it takes: its script makes the serial console the shell's controlling terminal (`build/guest/shell.sh`), and kiln
 //! joins the console to the user's terminal. Commands from standard input need no console.
 //!
+//! # A publish
+//! Each region is published to by a thread of its own (`publish/regions.rs`), as by a kiln of its own. The disk goes through
+//! a bucket or, by EBS direct, straight into a snapshot; the snapshot becomes an image; what an image gets once it can be
+//! launched comes then (`publish/finish.rs`). By S3 it is sent once, to the bucket's region, and the other regions copy the
+//! image (`publish/copy.rs`); by EBS direct it is written to each.
+//!
+//! - All regions have been looked at before anything is made in one of them; their SSM parameters are set when every region
+//!   has its image, or has failed.
+//! - Whatever is made is noted before it is asked for, and carries tags by which it is found again: the disk's digest, the
+//!   recipe's name, a digest of all that an image is registered with, the run. What is found is used; nothing is made twice.
+//! - What a kiln that was killed has left is gone on with, or deleted, by the next publish of the disk; `kiln sweep` finds
+//!   the rest.
+//! - Only what kiln's tags say is kiln's is ever changed or deleted.
+//!
 //! # The network
 //! `network = "open"` is QEMU's user networking, which would let the guest reach the host's loopback. So the frames
 //! that the guest sends pass through kiln (`filter-redirector`), which drops those: see [`vm::filter`].
