@@ -74,6 +74,21 @@ fn an_image_without_its_parameter_is_there_all_the_same() {
 }
 
 #[test]
+fn a_parameter_goes_with_the_image_that_it_names() {
+    let stage = Stage::small("parameter = \"/images/{name}/latest\"\n");
+    let first = stage.published(stage.publish().run());
+    let retire = |image: &str| {
+        let kiln = stage.aws.with(stage.bench.kiln(["-q", "retire", image, "--yes"]));
+        kiln.run().succeeded();
+        stage.aws.requests("ssm:DeleteParameter").len()
+    };
+    stage.publish().args(["--image-name", "web-2"]).run().succeeded();
+    assert_eq!(retire(&first), 0, "it names a newer image");
+    assert_eq!(retire("web-2"), 1);
+    assert_eq!(stage.aws.resources(), NOTHING);
+}
+
+#[test]
 fn everyone_only_where_the_account_lets_them() {
     let stage = Stage::small("");
     let said = stage.fails(publish(&stage, ["--share", "all"]), 7, NOTHING);
@@ -214,8 +229,13 @@ fn what_a_publish_would_meet_is_looked_at_without_making_anything() {
     assert_eq!(ran.code, Some(7), "{}", ran.stderr);
     assert!(ran.stdout.contains("not permitted to call RegisterImage; allow `ec2:RegisterImage`"), "{}", ran.stdout);
     assert!(ran.stderr.contains("a publish would fail in us-east-1"), "{}", ran.stderr);
-    let said = publish(&stage, ["--check", "--bucket", "nowhere"]).run().failed(7);
-    assert!(said.contains("a publish would fail"), "{said}");
+    let ran = publish(&stage, ["--check", "--bucket", "nowhere"]).run();
+    assert_eq!(ran.code, Some(7), "{}", ran.stderr);
+    assert!(
+        ran.stdout.contains("bucket               fails    there is no bucket `nowhere`; make it"),
+        "{}",
+        ran.stdout
+    );
     stage.assert_left(NOTHING);
 }
 

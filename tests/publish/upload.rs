@@ -116,7 +116,8 @@ fn killed_between_parts_and_import() {
 #[test]
 fn an_upload_that_could_not_be_taken_back_is_gone_on_with() {
     let stage = Stage::new();
-    stage.aws.fault(&json!({ "action": "s3:UploadPart", "error": "ExpiredToken", "skip": 3 }));
+    // Refused late enough for the first three to be there.
+    stage.aws.fault(&json!({ "action": "s3:UploadPart", "error": "ExpiredToken", "skip": 3, "delay": 5 }));
     for action in ["s3:AbortMultipartUpload", "s3:DeleteObject"] {
         stage.aws.fault(&json!({ "action": action, "error": "ExpiredToken" }));
     }

@@ -15,12 +15,10 @@ use tokio::time::timeout;
 use super::super::failure::Failure;
 use super::super::place::Place;
 use super::super::undo::{EACH, until_deleted};
-use super::super::{image, rules};
+use super::super::{image, parameter, rules};
 use super::list::{self, Image, Which};
 use crate::error::{Error, Exit};
 
-/// The tag with the name of the SSM parameter that names the image.
-const PARAMETER_TAG: &str = "kiln:ssm";
 /// AWS takes no date in the past, and rounds to minutes.
 const SOON: Duration = Duration::from_mins(2);
 
@@ -99,7 +97,7 @@ pub(super) async fn plan(place: &Place, which: &Which, rule: Rule) -> Result<Ret
             .filter(|id| snapshots.contains(id.as_str()) && !used.contains(id.as_str()))
             .cloned()
             .collect(),
-        parameter: image.tags.get(PARAMETER_TAG).cloned(),
+        parameter: image.tags.get(parameter::TAG).cloned(),
         image,
     };
     Ok(Retirement { images: going.into_iter().map(retiring).collect(), kept, deprecate_only: rule.deprecate_only })
@@ -227,8 +225,10 @@ async fn retire(
     };
     timeout(EACH, deregistered).await.map_err(|_| late(id))?.map_err(refused)?;
     retired.deregistered = true;
-    if let Some(name) = parameter {
-        place.events.warn(format!("the SSM parameter {name} of {} may still name {id}", place.region()));
+    if let Some(name) = parameter
+        && let Some(why) = place.stop.or("the parameter", parameter::forget(place, name, id)).await.map_err(stopped)?
+    {
+        place.events.warn(format!("the SSM parameter {name} of {} still names {id}: {why}", place.region()));
     }
     for snapshot in snapshots {
         let deleted = until_deleted(|| async {
