@@ -343,7 +343,7 @@ pub struct Publish {
 #[derive(Debug, Args)]
 pub struct InRegions {
     /// Region to look in; may be given several times [default: the SDK's]
-    #[arg(long, value_name = "REGION")]
+    #[arg(long, value_name = "REGION", value_delimiter = ',')]
     pub region: Vec<String>,
     /// Look in all regions that are enabled for the account
     #[arg(long, conflicts_with = "region")]

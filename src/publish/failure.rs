@@ -2,47 +2,10 @@
 
 use aws_sdk_s3::error::{ProvideErrorMetadata, SdkError};
 
+use super::codes::{DENIED, ELSEWHERE, EXPIRED, FAULTS, THROTTLED, UNKNOWN_CREDENTIALS};
 use super::{Target, rules};
 use crate::error::{Error, Exit};
 
-/// Codes that ask for patience: nothing was done.
-const THROTTLED: &[&str] = &[
-    "BandwidthLimitExceeded",
-    "ConcurrentLimitExceededException",
-    "EC2ThrottledException",
-    "PriorRequestNotComplete",
-    "RequestLimitExceeded",
-    "RequestThrottled",
-    "RequestThrottledException",
-    "SlowDown",
-    "Throttling",
-    "ThrottlingException",
-    "TooManyRequestsException",
-];
-/// Codes of faults on AWS's side, or on the way there.
-const FAULTS: &[&str] = &[
-    "InternalError",
-    "InternalFailure",
-    "OperationAborted",
-    "RequestTimeout",
-    "RequestTimeoutException",
-    "ServerInternal",
-    "ServiceUnavailable",
-    "Unavailable",
-];
-const DENIED: &[&str] =
-    &["AccessDenied", "AccessDeniedException", "AllAccessDisabled", "UnauthorizedOperation", "Forbidden"];
-const EXPIRED: &[&str] = &["ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"];
-const UNKNOWN_CREDENTIALS: &[&str] = &[
-    "AuthFailure",
-    "InvalidAccessKeyId",
-    "InvalidClientTokenId",
-    "InvalidToken",
-    "OptInRequired",
-    "SignatureDoesNotMatch",
-    "UnrecognizedClientException",
-];
-const ELSEWHERE: &[&str] = &["AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"];
 /// How much of AWS's own words is shown.
 const LONGEST: usize = 600;
 

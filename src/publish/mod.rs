@@ -7,6 +7,7 @@
 
 mod check;
 mod client;
+mod codes;
 mod copy;
 mod ebs;
 mod failure;
@@ -43,7 +44,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use tokio::sync::watch;
 
 use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
@@ -394,18 +394,18 @@ async fn registered(job: &Job<'_>, snapshot: &str, old: &[Old], undo: &mut Undo)
     }
 }
 
-/// The image of the first region, copied to this one when it is available.
-async fn copied(job: &Job<'_>, mut home: watch::Receiver<Home>, old: &[Old], undo: &mut Undo) -> Result<Image, Error> {
-    let detail = format!("the first region's image, to copy it to {}", job.target.region);
+/// The image of another region, copied to this one when it is available.
+async fn copied(job: &Job<'_>, mut home: Home, old: &[Old], undo: &mut Undo) -> Result<Image, Error> {
+    let what = format!("{}'s image", home.region);
+    let detail = format!("{what}, to copy it to {}", job.target.region);
     let wait = async {
-        match job.stop.or("the first region's image", home.wait_for(Option::is_some)).await? {
+        match job.stop.or(&what, home.image.wait_for(Option::is_some)).await? {
             Ok(found) => Ok(found.clone()),
             Err(_) => Ok(None),
         }
     };
     let original = job.phase("wait", detail, |_| String::new(), wait).await?.ok_or_else(|| {
-        let message =
-            format!("there is no image to copy to {}: the region that the disk was sent to failed", job.target.region);
+        let message = format!("there is no image to copy to {}: {} failed", job.target.region, home.region);
         Error::new(Exit::Publish, message)
     })?;
     let detail = format!("{} of {} to {}", original.id, original.region, job.target.region);

@@ -68,8 +68,8 @@ pub(super) async fn check_bucket(job: &Job<'_>) -> Result<(), Error> {
 pub(super) async fn explain(job: &Job<'_>, before: &Before) -> Result<(), Error> {
     let would = |what: String| job.events.emit(Event::Note { message: format!("would {what}") });
     match (&before.found, &job.source) {
-        (Found::Nothing, Source::Copy(_)) => {
-            would(format!("copy the image of the first region to {}", job.target.region));
+        (Found::Nothing, Source::Copy(home)) => {
+            would(format!("copy the image of {} to {}", home.region, job.target.region));
         }
         (Found::Nothing, Source::Disk(_)) => upload_in_words(job, would).await?,
         (found, _) => found::in_words(found).into_iter().for_each(would),

@@ -46,15 +46,20 @@ pub(super) struct Original {
     pub(super) name: String,
 }
 
-/// The first region's image, once it is available. Its region has failed when this is closed without one.
-pub(super) type Home = Option<Original>;
+/// The region whose image the others copy.
+#[derive(Debug, Clone)]
+pub(super) struct Home {
+    pub(super) region: String,
+    /// Its image, once it is available. The region has failed when this is closed without one.
+    pub(super) image: watch::Receiver<Option<Original>>,
+}
 
 /// Where a region's image comes from, if it has none yet.
 pub(super) enum Source {
     /// The disk is sent there; those that copy are told what came of it.
-    Disk(Option<watch::Sender<Home>>),
+    Disk(Option<watch::Sender<Option<Original>>>),
     /// The image of another region is copied.
-    Copy(watch::Receiver<Home>),
+    Copy(Home),
 }
 
 /// All regions of one publish.
@@ -137,8 +142,10 @@ pub(super) fn publish(request: &Request, how: &How<'_>, cancel: &Cancel) -> Resu
 pub(super) fn check(request: &Request, events: &Events, cancel: &Cancel) -> Result<Vec<(String, Vec<Checked>)>, Error> {
     with_runtime(request, |runtime| {
         let mut all = Vec::new();
-        let (_, home) = watch::channel(None);
-        for (number, clients) in runtime.block_on(Box::pin(connect(request, cancel)))?.into_iter().enumerate() {
+        let (_, image) = watch::channel(None);
+        let regions = runtime.block_on(Box::pin(connect(request, cancel)))?;
+        let home = Home { region: regions.first().map_or("", Clients::region).to_owned(), image };
+        for (number, clients) in regions.into_iter().enumerate() {
             let region = clients.region().to_owned();
             let copies = number > 0 && request.via != Via::Ebs;
             let source = if copies { Source::Copy(home.clone()) } else { Source::Disk(None) };
@@ -196,7 +203,8 @@ fn side_by_side(
     // What can be wrong with where the disk goes to is said before anything is asked.
     rules::target(request, all.first().map_or("", Clients::region), String::new(), true)?;
     let regions = Regions::new(how, all.len(), cancel);
-    let (tell, home) = watch::channel(None);
+    let (tell, image) = watch::channel(None);
+    let home = Home { region: all.first().map_or("", Clients::region).to_owned(), image };
     let mut tell = (all.len() > 1 && request.via != Via::Ebs).then_some(tell);
     let copies = tell.is_some();
     let mut ended = std::thread::scope(|scope| {
