@@ -67,6 +67,18 @@ impl Cancel {
         Subscription { inner: Arc::clone(&self.0), id }
     }
 
+    /// One that is asked to stop whenever this one is, and can be by itself too, for as long as the subscription is kept.
+    pub fn within(&self) -> (Self, Subscription) {
+        let (outer, inner) = (self.clone(), Self::default());
+        let asked = inner.clone();
+        let subscription = self.subscribe(move || {
+            if let Err(stopped) = outer.check() {
+                asked.request(stopped.0);
+            }
+        });
+        (inner, subscription)
+    }
+
     fn wakers(&self) -> std::sync::MutexGuard<'_, Vec<(u64, Waker)>> {
         self.0.wakers.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -207,14 +207,9 @@ impl Ready {
     pub fn run(&self, how: &How<'_>, store: &Store, cancel: &Cancel) -> Vec<Built> {
         let jobs = how.jobs.unwrap_or_else(|| self.default_jobs());
         let turns = Turns::new(jobs, self.jobs.len());
-        let group = Group::new(how.fail_fast);
         // What stops kiln stops the group as well.
-        let (outer, inner) = (cancel.clone(), group.cancel.clone());
-        let _subscription = cancel.subscribe(move || {
-            if let Err(stopped) = outer.check() {
-                inner.request(stopped.0);
-            }
-        });
+        let (inner, _subscription) = cancel.within();
+        let group = Group { cancel: inner, fail_fast: how.fail_fast, first: Mutex::new(None) };
         let built = std::thread::scope(|scope| {
             let build = |(number, job)| {
                 let turn = turns.of(number);
@@ -268,10 +263,6 @@ struct Group {
 }
 
 impl Group {
-    fn new(fail_fast: bool) -> Self {
-        Self { cancel: Cancel::default(), fail_fast, first: Mutex::new(None) }
-    }
-
     fn failed(&self, name: &str, error: Error) -> Outcome {
         let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
         match (&*first, error.exit) {

@@ -87,7 +87,7 @@ async fn good(job: &Job<'_>, look: impl Future<Output = Result<String, Error>>) 
 
 async fn name(job: &Job<'_>) -> Result<String, Error> {
     let name = &job.target.image_name;
-    let images = job.call("the images of this name", image::of_names(job, &[name])).await?;
+    let images = job.call("the images of this name", image::of_names(&job.clients, &[name])).await?;
     match images.first().and_then(|image| image.image_id()) {
         None => Ok(format!("`{name}` is free")),
         Some(id) if job.request.force => Ok(format!("`{name}` is {id}'s, which would be replaced")),

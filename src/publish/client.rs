@@ -21,6 +21,8 @@ use aws_sdk_s3::error::{BoxError, ProvideErrorMetadata, SdkError};
 use aws_smithy_http_client::proxy::ProxyConfig;
 use aws_smithy_http_client::{Builder, Connector, tls};
 
+use tokio::runtime::Runtime;
+
 use super::failure::Failure;
 use crate::error::{Error, Exit};
 
@@ -117,6 +119,21 @@ impl Clients {
         let url = url.clone();
         move |error| Failure::new(call, &url.get(), &error)
     }
+}
+
+/// Does `work` on network threads that end with it, and on at most so many, within bounds, for what blocks.
+pub(super) fn with_runtime<T>(blocking: usize, work: impl FnOnce(&Runtime) -> Result<T, Error>) -> Result<T, Error> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(blocking.clamp(4, 64))
+        .thread_name("aws")
+        .enable_all()
+        .build()
+        .map_err(|error| Error::io("cannot start the network threads", &error))?;
+    let done = work(&runtime);
+    // A name lookup or a credential helper that hangs must not hold kiln up.
+    runtime.shutdown_background();
+    done
 }
 
 /// HTTPS as the SDK's default client has it, with proxies from the environment and the system's certificates, but by

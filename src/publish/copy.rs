@@ -11,8 +11,8 @@ use sha2::{Digest as _, Sha256};
 use tokio::time::{sleep, timeout};
 
 use super::failure::Failure;
-use super::place::{Place, Unmade};
-use super::retry::{ec2_once, random};
+use super::place::Place;
+use super::retry::{Unmade, ec2_once, random};
 use super::undo::{EACH, LOOKS, PAUSE, until_deleted};
 use super::{image, rules};
 use crate::error::{Error, Exit};
@@ -55,7 +55,7 @@ impl Source {
 /// The image with this id, which is in `place`.
 pub(super) async fn source(place: &Place, id: &str) -> Result<Source, Error> {
     let what = format!("image {id} in {}", place.region());
-    let image = place.known(&what, || describe(place, id)).await?;
+    let image = place.known(&what, || image::describe(&place.clients, id)).await?;
     image.as_ref().and_then(|image| Source::of(place.region(), image)).ok_or_else(|| {
         Error::new(Exit::Publish, format!("there is no {what}")).help("name one that is there, or publish it again")
     })
@@ -132,7 +132,7 @@ async fn make(place: &Place, order: &Order, begun: &mut Option<Begun>, tell: imp
         let id = start(place, order, &token, begun).await?;
         *begun = Some(Begun::Image(id.clone()));
         let what = format!("image {id} in {}", place.region());
-        match place.known(&what, || describe(place, &id)).await? {
+        match place.known(&what, || image::describe(&place.clients, &id)).await? {
             Some(image) if image.state() != Some(&ImageState::Deregistered) => {
                 place.events.detail(format!("{what} is a copy of {}", order.source.id));
                 let image = until_available(place, &id, tell).await?;
@@ -222,7 +222,7 @@ fn token(order: &Order, region: &str) -> String {
 /// The copy that is there already, perhaps not finished. AWS would take its name again, so that another's image of that
 /// name is looked for too.
 async fn existing(place: &Place, order: &Order) -> Result<Option<String>, Error> {
-    let named = place.call("the images of this name", of_name(place, &order.name)).await?;
+    let named = place.call("the images of this name", image::of_names(&place.clients, &[&order.name])).await?;
     let mut alive: Vec<&Image> = named
         .iter()
         .filter(|image| !image.image_id().is_some_and(|id| order.replaces.iter().any(|old| old == id)))
@@ -259,24 +259,12 @@ fn is_copy(image: &Image, order: &Order) -> bool {
         || (alike(rules::DIGEST_TAG) && alike(rules::SETTINGS_TAG))
 }
 
-pub(super) async fn of_name(place: &Place, name: &str) -> Result<Vec<Image>, Failure> {
-    let name = Filter::builder().name("name").values(name).build();
-    let call = place.clients.ec2.describe_images().owners("self").filters(name).include_disabled(true);
-    Ok(call.send().await.map_err(place.clients.failed("ec2:DescribeImages"))?.images.unwrap_or_default())
-}
-
-pub(super) async fn describe(place: &Place, id: &str) -> Result<Image, Failure> {
-    let call = place.clients.ec2.describe_images().image_ids(id).include_disabled(true);
-    let answer = call.send().await.map_err(place.clients.failed("ec2:DescribeImages"))?;
-    answer.images.unwrap_or_default().into_iter().next().ok_or_else(|| Failure::absent("ec2:DescribeImages"))
-}
-
 /// The image, when it is available.
 async fn until_available(place: &Place, id: &str, tell: impl Fn(u64)) -> Result<Image, Error> {
     let what = format!("image {id} in {} to be available", place.region());
     let mut blind = 0;
     loop {
-        match place.stop.or(&what, describe(place, id)).await? {
+        match place.stop.or(&what, image::describe(&place.clients, id)).await? {
             Ok(image) => match image::judge(&image) {
                 Ok(true) => return Ok(image),
                 Ok(false) => {
@@ -348,7 +336,7 @@ async fn undo(place: &Place, order: &Order, begun: Begun, mut error: Error) -> E
 /// The copy that an unanswered request has made, looked for until it is there, for some seconds.
 async fn find(place: &Place, order: &Order) -> Option<String> {
     for _ in 0..LOOKS {
-        let named = of_name(place, &order.name).await.unwrap_or_default();
+        let named = image::of_names(&place.clients, &[&order.name]).await.unwrap_or_default();
         if let Some(image) = named.iter().find(|image| is_copy(image, order)) {
             return image.image_id().map(str::to_owned);
         }
@@ -389,7 +377,7 @@ pub(super) async fn take_back(place: &Place, id: &str) -> Result<(), String> {
 /// The snapshots of a copy. As long as it is pending it may not name them yet; they name it: "Copied for `DestinationAmi`
 /// ami-… from `SourceAmi` …".
 async fn snapshots_of_copy(place: &Place, id: &str) -> Vec<String> {
-    let mut ids = describe(place, id).await.map(|image| snapshots(&image)).unwrap_or_default();
+    let mut ids = image::describe(&place.clients, id).await.map(|image| snapshots(&image)).unwrap_or_default();
     let kilns = Filter::builder().name("tag-key").values(rules::DIGEST_TAG).build();
     let call = place.clients.ec2.describe_snapshots().owner_ids("self").filters(kilns);
     if let Ok(answer) = call.send().await {

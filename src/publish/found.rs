@@ -115,7 +115,7 @@ pub(super) async fn task(job: &Job<'_>) -> Result<Option<Found>, Failure> {
         tag(task.tags(), rules::DIGEST_TAG) == Some(job.request.digest.as_str())
             && tag(task.tags(), rules::ENCRYPTION_TAG) == asked.as_deref()
     };
-    for task in import::all(job).await?.iter().filter(alike) {
+    for task in import::all(&job.clients).await?.iter().filter(alike) {
         if is_useful(job, task).await?
             && let Some(id) = task.import_task_id()
         {

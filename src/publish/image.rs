@@ -9,6 +9,7 @@ use aws_sdk_ec2::types::{
 };
 use tokio::time::Instant;
 
+use super::client::Clients;
 use super::failure::{Failure, duplicate_name, tidy};
 use super::retry::{Try, ec2_once};
 use super::undo::{Made, Undo};
@@ -77,7 +78,7 @@ pub(super) async fn register(job: &Job<'_>, name: &str, snapshot: &str, undo: &m
                 job.stop.pause("the snapshot to be known everywhere", job.request.poll.min(LOOK)).await?;
             }
             Err(failure) if failure.code == "InvalidAMIName.Duplicate" => {
-                let taken = job.call("the images of this name", of_names(job, &[name])).await?;
+                let taken = job.call("the images of this name", of_names(&job.clients, &[name])).await?;
                 if let Some(id) = own(&taken, snapshot) {
                     break (entry, id);
                 }
@@ -96,22 +97,24 @@ pub(super) async fn register(job: &Job<'_>, name: &str, snapshot: &str, undo: &m
 }
 
 /// This account's images of these names.
-pub(super) async fn of_names(job: &Job<'_>, names: &[&str]) -> Result<Vec<Image>, Failure> {
+pub(super) async fn of_names(clients: &Clients, names: &[&str]) -> Result<Vec<Image>, Failure> {
     let values = names.iter().map(|name| (*name).to_owned()).collect();
     let name = Filter::builder().name("name").set_values(Some(values)).build();
-    let call = job.clients.ec2.describe_images().owners("self").filters(name).include_disabled(true);
-    let answer = call.send().await.map_err(job.clients.failed("ec2:DescribeImages"))?;
+    let call = clients.ec2.describe_images().owners("self").filters(name).include_disabled(true);
+    let answer = call.send().await.map_err(clients.failed("ec2:DescribeImages"))?;
     Ok(answer.images.unwrap_or_default())
+}
+
+/// The image with this id.
+pub(super) async fn describe(clients: &Clients, id: &str) -> Result<Image, Failure> {
+    let call = clients.ec2.describe_images().image_ids(id).include_disabled(true);
+    let answer = call.send().await.map_err(clients.failed("ec2:DescribeImages"))?;
+    answer.images.unwrap_or_default().into_iter().next().ok_or_else(|| Failure::absent("ec2:DescribeImages"))
 }
 
 /// The image with this id, which was there a moment ago, or was only just made.
 pub(super) async fn get(job: &Job<'_>, id: &str) -> Result<Image, Error> {
-    import::retry_not_found(job, &format!("image {id}"), || async {
-        let call = job.clients.ec2.describe_images().image_ids(id).include_disabled(true);
-        let answer = call.send().await.map_err(job.clients.failed("ec2:DescribeImages"))?;
-        answer.images.unwrap_or_default().into_iter().next().ok_or_else(|| Failure::absent("ec2:DescribeImages"))
-    })
-    .await
+    import::retry_not_found(job, &format!("image {id}"), || describe(&job.clients, id)).await
 }
 
 /// The image among `images` that was made from `snapshot`.
@@ -134,7 +137,7 @@ pub(super) fn snapshots(image: &Image) -> impl Iterator<Item = &str> {
 async fn send(job: &Job<'_>, name: &str, snapshot: &str, attempt: Try) -> Result<String, Failure> {
     // The name is the only key that RegisterImage has: an earlier request's image would be in this one's way.
     if attempt.doubtful
-        && let Some(id) = own(&of_names(job, &[name]).await?, snapshot)
+        && let Some(id) = own(&of_names(&job.clients, &[name]).await?, snapshot)
     {
         return Ok(id);
     }

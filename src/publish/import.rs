@@ -8,9 +8,10 @@ use aws_sdk_ec2::types::{
 };
 use tokio::time::Instant;
 
+use super::client::Clients;
 use super::failure::{Failure, no_role, tidy};
 use super::found::{self, Found};
-use super::retry::ec2_once;
+use super::retry::{ec2_once, until_known};
 use super::undo::{Made, Undo};
 use super::{Job, ObjectEncryption, rules};
 use crate::error::{Error, Exit};
@@ -128,20 +129,11 @@ fn to_tags(pairs: Vec<(String, String)>) -> Vec<Tag> {
 }
 
 /// Repeats a call about something that was only just made, as long as AWS may not know it everywhere yet.
-pub(super) async fn retry_not_found<T, F>(job: &Job<'_>, what: &str, mut call: impl FnMut() -> F) -> Result<T, Error>
+pub(super) async fn retry_not_found<T, F>(job: &Job<'_>, what: &str, call: impl FnMut() -> F) -> Result<T, Error>
 where
     F: Future<Output = Result<T, Failure>>,
 {
-    let until = Instant::now() + settling(job.request.poll);
-    loop {
-        match job.stop.or(what, call()).await? {
-            Ok(value) => return Ok(value),
-            Err(failure) if failure.is_not_found() && Instant::now() < until => {
-                job.stop.pause(what, job.request.poll.min(Duration::from_secs(3))).await?;
-            }
-            Err(failure) => return Err(job.error(failure)),
-        }
-    }
+    until_known(&job.stop, job.request.poll, what, call).await?.map_err(|failure| job.error(failure))
 }
 
 /// How long something new may stay unknown.
@@ -198,7 +190,7 @@ pub(super) async fn another(job: &Job<'_>) -> Option<String> {
             && place
                 .is_some_and(|place| place.s3_bucket() == Some(&target.bucket) && place.s3_key() == Some(&target.key))
     };
-    let tasks = all(job).await.ok()?;
+    let tasks = all(&job.clients).await.ok()?;
     tasks.iter().find(reads)?.import_task_id().map(str::to_owned)
 }
 
@@ -245,11 +237,11 @@ fn show(job: &Job<'_>, what: &str, state: State, shown: &mut Option<State>) {
 }
 
 /// All import tasks of the account in the region.
-pub(super) async fn all(job: &Job<'_>) -> Result<Vec<ImportSnapshotTask>, Failure> {
+pub(super) async fn all(clients: &Clients) -> Result<Vec<ImportSnapshotTask>, Failure> {
     let (mut all, mut next) = (Vec::new(), None);
     loop {
-        let call = job.clients.ec2.describe_import_snapshot_tasks().set_next_token(next);
-        let answer = call.send().await.map_err(job.clients.failed("ec2:DescribeImportSnapshotTasks"))?;
+        let call = clients.ec2.describe_import_snapshot_tasks().set_next_token(next);
+        let answer = call.send().await.map_err(clients.failed("ec2:DescribeImportSnapshotTasks"))?;
         next = answer.next_token().filter(|token| !token.is_empty()).map(str::to_owned);
         all.extend(answer.import_snapshot_tasks.unwrap_or_default());
         if next.is_none() {

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::client::with_runtime;
 use super::regions::{self, Source};
 use super::stop::Stop;
 use super::undo::Undo;
@@ -43,7 +44,7 @@ pub fn upload_only(request: &Request, events: &Events, cancel: &Cancel) -> Resul
     (request.via, request.object.keep) = (Via::S3, true);
     rules::check(&request)?;
     cancel.check()?;
-    regions::with_runtime(&request, |runtime| {
+    with_runtime(request.parallel, |runtime| {
         // The first is the bucket's region, if that is among those asked for.
         let clients = runtime.block_on(Box::pin(regions::connect(&request, cancel)))?;
         let first = clients.into_iter().next();

@@ -5,12 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 
 use super::client::Clients;
 use super::failure::Failure;
-use super::import::settling;
-use super::retry::backoff;
+use super::retry::{self, Unmade};
 use super::stop::Stop;
 use crate::error::{Error, Exit};
 use crate::event::Events;
@@ -23,13 +21,6 @@ pub(super) struct Place {
     pub(super) stop: Arc<Stop>,
     /// The pause between two looks at something that takes AWS minutes.
     pub(super) poll: Duration,
-}
-
-/// How a request that makes something ended without success.
-pub(super) struct Unmade {
-    pub(super) failure: Failure,
-    /// A try of it may have been carried out.
-    pub(super) doubtful: bool,
 }
 
 impl Place {
@@ -57,36 +48,19 @@ impl Place {
     where
         F: Future<Output = Result<T, Failure>>,
     {
-        let (mut number, mut doubtful) = (1, false);
-        loop {
-            let failure = match self.stop.creating(what, send()).await? {
-                Ok(value) => return Ok(Ok(value)),
-                Err(failure) => failure,
-            };
-            doubtful |= failure.may_be_done();
-            if !failure.is_passing() || number >= self.clients.attempts() {
-                return Ok(Err(Unmade { failure, doubtful }));
-            }
-            self.events.detail(format!("asking again for {what}: {}", failure.reason()));
-            self.stop.pause(what, backoff(number)).await?;
-            number += 1;
-        }
+        retry::ask(&self.stop, &self.clients, &self.events, what, |_| send()).await
     }
 
     /// Repeats a call about something that was only just made, as long as AWS may not know it everywhere yet. None if
     /// it stays unknown.
-    pub(super) async fn known<T, F>(&self, what: &str, mut call: impl FnMut() -> F) -> Result<Option<T>, Error>
+    pub(super) async fn known<T, F>(&self, what: &str, call: impl FnMut() -> F) -> Result<Option<T>, Error>
     where
         F: Future<Output = Result<T, Failure>>,
     {
-        let until = Instant::now() + settling(self.poll);
-        loop {
-            match self.stop.or(what, call()).await? {
-                Ok(value) => return Ok(Some(value)),
-                Err(failure) if !failure.is_not_found() => return Err(self.error(failure)),
-                Err(_) if Instant::now() >= until => return Ok(None),
-                Err(_) => self.stop.pause(what, self.poll.min(Duration::from_secs(3))).await?,
-            }
+        match retry::until_known(&self.stop, self.poll, what, call).await? {
+            Ok(value) => Ok(Some(value)),
+            Err(failure) if failure.is_not_found() => Ok(None),
+            Err(failure) => Err(self.error(failure)),
         }
     }
 }

@@ -122,13 +122,10 @@ fn disk(path: &Path, size: u64) -> Result<(), Error> {
 async fn name_is_free(job: &Job<'_>, before: &mut Before) -> Result<(), Error> {
     let name = &job.target.image_name;
     let interim = replace::interim_name(name);
-    let images = job.call("the images of this name", image::of_names(job, &[name, &interim])).await?;
+    let images = job.call("the images of this name", image::of_names(&job.clients, &[name, &interim])).await?;
     let of_disk = |image: &&aws_sdk_ec2::types::Image| {
         image.name() == Some(&interim)
-            && image
-                .tags()
-                .iter()
-                .any(|tag| tag.key() == Some(rules::DIGEST_TAG) && tag.value() == Some(&job.request.digest))
+            && found::tag(image.tags(), rules::DIGEST_TAG) == Some(job.request.digest.as_str())
     };
     before.interim = images.iter().find(of_disk).and_then(|image| image.image_id()).map(str::to_owned);
     before.old = images.iter().filter(|image| image.name() == Some(name)).filter_map(Old::of).collect();

@@ -11,7 +11,7 @@ use tokio::sync::{Barrier, watch};
 
 use super::SIGTERM;
 use super::check::{self, Checked};
-use super::client::Clients;
+use super::client::{Clients, with_runtime};
 use super::{Published, Request, Via, preflight, rules};
 use crate::cancel::{Cancel, Subscription};
 use crate::error::{Error, Exit};
@@ -78,13 +78,7 @@ pub(super) struct Regions<'a> {
 
 impl<'a> Regions<'a> {
     fn new(how: &'a How<'a>, count: usize, outer: &Cancel) -> Self {
-        let cancel = Cancel::default();
-        let (from, to) = (outer.clone(), cancel.clone());
-        let subscription = outer.subscribe(move || {
-            if let Err(stopped) = from.check() {
-                to.request(stopped.0);
-            }
-        });
+        let (cancel, subscription) = outer.within();
         Self {
             how,
             cancel,
@@ -132,7 +126,7 @@ impl<'a> Regions<'a> {
 
 /// Publishes to all regions that `request` names. The outer error is one that came before the first of them.
 pub(super) fn publish(request: &Request, how: &How<'_>, cancel: &Cancel) -> Result<Vec<Ended>, Error> {
-    with_runtime(request, |runtime| {
+    with_runtime(request.parallel, |runtime| {
         let regions = runtime.block_on(Box::pin(connect(request, cancel)))?;
         side_by_side(request, how, cancel, regions, runtime)
     })
@@ -140,7 +134,7 @@ pub(super) fn publish(request: &Request, how: &How<'_>, cancel: &Cancel) -> Resu
 
 /// Looks in one region after the other whether a publish would be permitted.
 pub(super) fn check(request: &Request, events: &Events, cancel: &Cancel) -> Result<Vec<(String, Vec<Checked>)>, Error> {
-    with_runtime(request, |runtime| {
+    with_runtime(request.parallel, |runtime| {
         let mut all = Vec::new();
         let (_, image) = watch::channel(None);
         let regions = runtime.block_on(Box::pin(connect(request, cancel)))?;
@@ -155,20 +149,6 @@ pub(super) fn check(request: &Request, events: &Events, cancel: &Cancel) -> Resu
         }
         Ok(all)
     })
-}
-
-pub(super) fn with_runtime<T>(request: &Request, work: impl FnOnce(&Runtime) -> Result<T, Error>) -> Result<T, Error> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .max_blocking_threads(request.parallel.clamp(4, 64))
-        .thread_name("publish")
-        .enable_all()
-        .build()
-        .map_err(|error| Error::io("cannot start the network threads", &error))?;
-    let ended = work(&runtime);
-    // A name lookup or a credential helper that hangs must not hold kiln up.
-    runtime.shutdown_background();
-    ended
 }
 
 /// The connections to each region, the one that the disk is sent to first.

@@ -112,7 +112,7 @@ async fn delete_snapshot(job: &Job<'_>, id: &str) -> Result<(), String> {
         Err(failure) if failure.is_not_found() => return Ok(()),
         answer => answer.map_err(said)?,
     };
-    if !snapshot.tags().iter().any(|tag| tag.key() == Some(rules::DIGEST_TAG)) {
+    if found::tag(snapshot.tags(), rules::DIGEST_TAG).is_none() {
         return Err("kiln has not made it".to_owned());
     }
     let call = job.clients.ec2.delete_snapshot().snapshot_id(id).send();

@@ -7,10 +7,16 @@ use std::time::Duration;
 
 use aws_config::retry::RetryConfig;
 
+use tokio::time::Instant;
+
 use super::Job;
+use super::client::Clients;
 use super::failure::Failure;
+use super::import::settling;
+use super::stop::Stop;
 use super::undo::{Made, Undo};
 use crate::error::Error;
+use crate::event::Events;
 
 /// Which try of a request this is.
 #[derive(Debug, Clone, Copy)]
@@ -30,29 +36,78 @@ impl Job<'_> {
         what: &str,
         undo: &mut Undo,
         made: Made,
-        mut send: impl FnMut(Try) -> F,
+        send: impl FnMut(Try) -> F,
     ) -> Result<(usize, Result<T, Failure>), Error>
     where
         F: Future<Output = Result<T, Failure>>,
     {
         self.stop.check(what)?;
         let entry = undo.will_make(made);
-        let mut attempt = Try { number: 1, doubtful: false };
-        loop {
-            let failure = match self.stop.creating(what, send(attempt)).await? {
-                Ok(value) => return Ok((entry, Ok(value))),
-                Err(failure) => failure,
-            };
-            attempt.doubtful |= failure.may_be_done();
-            if !failure.is_passing() || attempt.number >= self.clients.attempts() {
-                if !attempt.doubtful {
+        match ask(&self.stop, &self.clients, self.events, what, send).await? {
+            Ok(value) => Ok((entry, Ok(value))),
+            Err(Unmade { failure, doubtful }) => {
+                if !doubtful {
                     undo.forget(entry);
                 }
-                return Ok((entry, Err(failure)));
+                Ok((entry, Err(failure)))
             }
-            self.events.detail(format!("asking again for {what}: {}", failure.reason()));
-            self.stop.pause(what, backoff(attempt.number)).await?;
-            attempt.number += 1;
+        }
+    }
+}
+
+/// How a request that makes something ended without success.
+pub(super) struct Unmade {
+    pub(super) failure: Failure,
+    /// A try of it may have been carried out.
+    pub(super) doubtful: bool,
+}
+
+/// Sends a request that makes something, again while it fails for reasons that pass. The outer error is a stop before any
+/// answer came.
+pub(super) async fn ask<T, F>(
+    stop: &Stop,
+    clients: &Clients,
+    events: &Events,
+    what: &str,
+    mut send: impl FnMut(Try) -> F,
+) -> Result<Result<T, Unmade>, Error>
+where
+    F: Future<Output = Result<T, Failure>>,
+{
+    let mut attempt = Try { number: 1, doubtful: false };
+    loop {
+        let failure = match stop.creating(what, send(attempt)).await? {
+            Ok(value) => return Ok(Ok(value)),
+            Err(failure) => failure,
+        };
+        attempt.doubtful |= failure.may_be_done();
+        if !failure.is_passing() || attempt.number >= clients.attempts() {
+            return Ok(Err(Unmade { failure, doubtful: attempt.doubtful }));
+        }
+        events.detail(format!("asking again for {what}: {}", failure.reason()));
+        stop.pause(what, backoff(attempt.number)).await?;
+        attempt.number += 1;
+    }
+}
+
+/// Repeats a call about something that was only just made, as long as AWS may not know it everywhere yet. The inner failure
+/// is the last.
+pub(super) async fn until_known<T, F>(
+    stop: &Stop,
+    poll: Duration,
+    what: &str,
+    mut call: impl FnMut() -> F,
+) -> Result<Result<T, Failure>, Error>
+where
+    F: Future<Output = Result<T, Failure>>,
+{
+    let until = Instant::now() + settling(poll);
+    loop {
+        match stop.or(what, call()).await? {
+            Err(failure) if failure.is_not_found() && Instant::now() < until => {
+                stop.pause(what, poll.min(Duration::from_secs(3))).await?;
+            }
+            answer => return Ok(answer),
         }
     }
 }

@@ -310,7 +310,7 @@ where
 }
 
 async fn undo_image(job: &Job<'_>, id: Option<&str>, name: &str, snapshot: &str) -> Result<Option<Made>, Left> {
-    let find = || async { Ok(image::own(&image::of_names(job, &[name]).await?, snapshot)) };
+    let find = || async { Ok(image::own(&image::of_names(&job.clients, &[name]).await?, snapshot)) };
     let id = id_of(id, "RegisterImage", find).await?;
     let deleted = until_deleted(|| async {
         let call = job.clients.ec2.deregister_image().image_id(&id);
@@ -370,7 +370,7 @@ async fn cancel_task(job: &Job<'_>, id: &str) -> Result<Option<Made>, Left> {
 async fn find_task(job: &Job<'_>) -> Result<Option<String>, Failure> {
     let run = Some(job.target.run.as_str());
     let is_own = |tag: &Tag| tag.key() == Some(RUN_TAG) && tag.value() == run;
-    let tasks = import::all(job).await?;
+    let tasks = import::all(&job.clients).await?;
     let own = tasks.iter().find(|task| task.tags().iter().any(is_own));
     Ok(own.and_then(|task| task.import_task_id()).map(str::to_owned))
 }

@@ -14,8 +14,9 @@ use std::time::Duration;
 
 use tokio::runtime::Runtime;
 
-use super::client::Clients;
+use super::client::{Clients, with_runtime};
 use super::copy::{self, Order};
+use super::image;
 use super::place::{Place, side_by_side};
 use super::share::{self, Sharing};
 use super::stop::{Stop, Work};
@@ -110,6 +111,8 @@ pub struct Account<'a> {
     manner: Manner<'a>,
 }
 
+/// How many regions' names are looked up at once: more than there are.
+const REGIONS_AT_ONCE: usize = 64;
 const LIFE: Work = Work { name: "the work", help: "check the network and AWS's health, then try again" };
 const COPYING: Work = Work { name: "copying", help: "run it again with a longer --timeout: what is copied is found" };
 
@@ -123,20 +126,11 @@ pub fn with_account<T>(
     work: impl FnOnce(&Account<'_>) -> Result<T, Error>,
 ) -> Result<T, Error> {
     manner.cancel.check()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .thread_name("account")
-        .enable_all()
-        .build()
-        .map_err(|error| Error::io("cannot start the network threads", &error))?;
-    let mut account = Account { runtime: &runtime, clients: Vec::new(), manner };
-    let result = account.run(account.connect(regions)).and_then(|clients| {
-        account.clients = clients;
+    with_runtime(REGIONS_AT_ONCE, |runtime| {
+        let mut account = Account { runtime, clients: Vec::new(), manner };
+        account.clients = account.run(account.connect(regions))?;
         work(&account)
-    });
-    // A name lookup or a credential helper that hangs must not hold kiln up.
-    runtime.shutdown_background();
-    result
+    })
 }
 
 impl Account<'_> {
@@ -207,7 +201,8 @@ impl Account<'_> {
             async move {
                 let Some(mut image) = list::newest(list::images(&place, Some(&which)).await?) else { return Ok(None) };
                 Box::pin(share::permitted(&place, &sharing)).await?;
-                let found = copy::describe(&place, &image.image_id).await.map_err(|failure| place.error(failure))?;
+                let found =
+                    image::describe(&place.clients, &image.image_id).await.map_err(|failure| place.error(failure))?;
                 share::possible(&place, &found, &sharing)?;
                 Box::pin(share::apply(&place, &image.image_id, &image.snapshots, &sharing)).await?;
                 Box::pin(list::add_sharing(&place, std::slice::from_mut(&mut image))).await?;

@@ -9,11 +9,12 @@ use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use aws_sdk_ec2::primitives::DateTime;
-use aws_sdk_ec2::types::{ImportSnapshotTask, Snapshot, SnapshotState, Tag};
+use aws_sdk_ec2::types::{ImportSnapshotTask, Snapshot, SnapshotState};
 use serde::Serialize;
 use tokio::time::timeout;
 
 use super::super::failure::Failure;
+use super::super::found;
 use super::super::import::{self, State};
 use super::super::place::Place;
 use super::super::undo::{EACH, until_deleted};
@@ -88,10 +89,6 @@ fn age(at: Option<&DateTime>) -> Option<Duration> {
     Some(Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))
 }
 
-fn tag(tags: &[Tag], key: &str) -> Option<String> {
-    tags.iter().find(|tag| tag.key() == Some(key)).and_then(Tag::value).map(str::to_owned)
-}
-
 /// Snapshots and imports.
 pub(super) async fn in_region(place: &Place, older: Duration) -> Result<Vec<Leftover>, Error> {
     let mut all = snapshots(place, older).await?;
@@ -113,7 +110,7 @@ async fn snapshots(place: &Place, older: Duration) -> Result<Vec<Leftover>, Erro
         Some(Leftover {
             region: place.region().to_owned(),
             thing: Thing::Snapshot { id: id.to_owned(), pending: snapshot.state() == Some(&SnapshotState::Pending) },
-            name: tag(snapshot.tags(), rules::NAME_TAG),
+            name: found::tag(snapshot.tags(), rules::NAME_TAG).map(str::to_owned),
             age: age.as_secs(),
             bytes: gib.map(|gib| gib << 30),
         })
@@ -122,17 +119,17 @@ async fn snapshots(place: &Place, older: Duration) -> Result<Vec<Leftover>, Erro
 }
 
 async fn imports(place: &Place, older: Duration) -> Result<Vec<Leftover>, Error> {
-    let tasks = place.call("the imports", tasks(place)).await?;
+    let tasks = place.call("the imports", import::all(&place.clients)).await?;
     let mut all = Vec::new();
     for task in &tasks {
-        let kilns = tag(task.tags(), rules::DIGEST_TAG).is_some();
+        let kilns = found::tag(task.tags(), rules::DIGEST_TAG).is_some();
         let running = matches!(import::judge_task(task), State::Working { .. });
         let Some(id) = task.import_task_id().filter(|_| kilns && running) else { continue };
         match place.stop.or("the imports' objects", object_age(place, task)).await? {
             Some(age) if age >= older => all.push(Leftover {
                 region: place.region().to_owned(),
                 thing: Thing::Import { id: id.to_owned() },
-                name: tag(task.tags(), rules::NAME_TAG),
+                name: found::tag(task.tags(), rules::NAME_TAG).map(str::to_owned),
                 age: age.as_secs(),
                 bytes: None,
             }),
@@ -144,19 +141,6 @@ async fn imports(place: &Place, older: Duration) -> Result<Vec<Leftover>, Error>
         }
     }
     Ok(all)
-}
-
-async fn tasks(place: &Place) -> Result<Vec<ImportSnapshotTask>, Failure> {
-    let (mut all, mut next) = (Vec::new(), None);
-    loop {
-        let call = place.clients.ec2.describe_import_snapshot_tasks().set_next_token(next);
-        let answer = call.send().await.map_err(place.clients.failed("ec2:DescribeImportSnapshotTasks"))?;
-        next = answer.next_token().filter(|token| !token.is_empty()).map(str::to_owned);
-        all.extend(answer.import_snapshot_tasks.unwrap_or_default());
-        if next.is_none() {
-            return Ok(all);
-        }
-    }
 }
 
 async fn object_age(place: &Place, task: &ImportSnapshotTask) -> Option<Duration> {
