@@ -133,7 +133,8 @@ fn blocks(map: &BlockMap, parent: Option<&BlockMap>, encrypted: bool) -> Vec<(u6
     all.map(|(index, digest)| (index, digest.unwrap_or(zeros))).collect()
 }
 
-fn block_map(job: &Job<'_>) -> Result<BlockMap, Error> {
+/// The disk's block map.
+pub(super) fn block_map(job: &Job<'_>) -> Result<BlockMap, Error> {
     let path = &job.request.block_map;
     let about = |words: String| {
         Error::new(Exit::Input, format!("cannot read the block map {}: {words}", path.display()))

@@ -1,20 +1,30 @@
 //! How a disk is cut for the upload, and what each part's digest is.
+//!
+//! S3 takes parts of 5 MiB and more, 10,000 of them at most, of whatever lengths. They are cut where the disk's zeros begin
+//! and end, so that little is sent but data; zeros have parts of their own, which are copied inside S3 (`zeros`). Only
+//! zeros too short for a part, and those that fill up a part with less than 5 MiB of data, are sent. The cut follows from
+//! what the disk reads as, and from nothing else: every host that publishes this disk makes the same parts.
+//!
+//! Source: "Amazon S3 multipart upload limits" in the Amazon S3 User Guide.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
 
-use rustix::fs::SeekFrom;
-use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
+use crate::disk::{self, BLOCK, BlockMap};
 use crate::units::MIB;
 
 /// S3 takes no more.
 const MOST: u64 = 10_000;
-/// Below this, a request costs more than the bytes it carries.
-const SMALLEST: u64 = 8 * MIB;
+/// S3 takes no shorter part but as the last one, in blocks.
+const SHORTEST: u64 = 5 * MIB / BLOCK;
+/// Below this, in blocks, a request costs more than the bytes it carries: data is cut into parts of this length, and less
+/// than twice this.
+const USUAL: u64 = 8 * MIB / BLOCK;
 const BUFFER: usize = 256 << 10;
 
 /// A SHA-256.
@@ -27,56 +37,56 @@ pub(super) struct Part {
     pub(super) number: i32,
     pub(super) offset: u64,
     pub(super) length: u64,
-    /// Nothing of it is stored on the host: all zeros.
-    pub(super) hole: bool,
+    /// It reads as zeros, whether they were written or not.
+    pub(super) zeros: bool,
 }
 
 /// The parts of a disk.
 #[derive(Debug)]
 pub(super) struct Parts {
     pub(super) all: Vec<Part>,
-    size: u64,
-    hole_digest: OnceLock<Digest>,
+    /// The digests of zeros, by their length.
+    digests: OnceLock<BTreeMap<u64, Digest>>,
 }
 
 impl Parts {
-    /// Cuts a disk of `size` bytes, asking the filesystem which parts are holes.
-    pub(super) fn of(file: &File, size: u64) -> io::Result<Self> {
-        Ok(Self {
-            all: cut(size, |offset| next_data(file, offset))?,
-            size: part_size(size),
-            hole_digest: OnceLock::new(),
-        })
+    /// Cuts the disk of this block map.
+    pub(super) fn of(map: &BlockMap) -> Self {
+        let zeros = disk::Digest::of(&vec![0; usize::try_from(BLOCK).unwrap_or_default()]);
+        let blocks = map.blocks().iter().map(|block| block.is_none_or(|digest| digest == zeros));
+        let mut end = 0;
+        let part = |(number, Run { blocks, zeros }): (i32, Run)| {
+            let offset = end;
+            end = map.size().min(offset + blocks * BLOCK);
+            Part { number, offset, length: end - offset, zeros }
+        };
+        Self { all: (1..).zip(cut(&Run::all(blocks))).map(part).collect(), digests: OnceLock::new() }
     }
 
-    /// The bytes in parts that are not holes.
+    /// The bytes in parts that are not zeros.
     pub(super) fn data(&self) -> u64 {
-        self.all.iter().filter(|part| !part.hole).map(|part| part.length).sum()
+        self.all.iter().filter(|part| !part.zeros).map(|part| part.length).sum()
     }
 
-    /// The holes that are as long as all parts but the last, which may be shorter: copies of one another.
-    pub(super) fn holes(&self) -> impl Iterator<Item = Part> {
-        self.all.iter().copied().filter(|part| self.is_copyable(*part))
+    /// The parts that are zeros.
+    pub(super) fn zeros(&self) -> impl Iterator<Item = Part> {
+        self.all.iter().copied().filter(|part| part.zeros)
     }
 
-    /// Whether `part` is one of [`holes`](Self::holes).
-    pub(super) fn is_copyable(&self, part: Part) -> bool {
-        part.hole && part.length == self.size
+    /// The longest part of zeros: all others are its beginning.
+    pub(super) fn longest_zeros(&self) -> Option<Part> {
+        self.zeros().max_by_key(|part| part.length)
     }
 
-    /// The digest of `part`. A hole is not read.
+    /// The digest of `part`. Zeros are not read.
     pub(super) fn digest(&self, file: &File, part: Part) -> io::Result<Digest> {
-        if part.hole { Ok(self.hole_digest(part)) } else { hash(file, part.offset, part.length) }
+        self.digest_of_zeros(part).map_or_else(|| hash(file, part.offset, part.length), Ok)
     }
 
-    /// Whether `part`, which has this digest, is as long as all parts but the last and all zeros, written or not.
-    pub(super) fn is_zeros(&self, part: Part, digest: &Digest) -> bool {
-        part.length == self.size && self.hole_digest(part) == *digest
-    }
-
-    /// The digest of `part` if it is a hole.
-    pub(super) fn hole_digest(&self, part: Part) -> Digest {
-        if part.length == self.size { *self.hole_digest.get_or_init(|| zeros(self.size)) } else { zeros(part.length) }
+    /// The digest of `part` if it is zeros.
+    pub(super) fn digest_of_zeros(&self, part: Part) -> Option<Digest> {
+        let of_all = || of_zeros(&self.zeros().map(|part| part.length).collect());
+        part.zeros.then(|| self.digests.get_or_init(of_all).get(&part.length).copied()).flatten()
     }
 }
 
@@ -91,33 +101,75 @@ pub(super) fn base64(digest: &Digest) -> String {
     aws_smithy_types::base64::encode(digest)
 }
 
-fn part_size(size: u64) -> u64 {
-    size.div_ceil(MOST).next_multiple_of(MIB).max(SMALLEST)
+/// Blocks beside each other that are zeros, or are not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Run {
+    blocks: u64,
+    zeros: bool,
 }
 
-/// Cuts `size` bytes; `next_data` tells where, at or after an offset, the next data is (`None`: nowhere).
-fn cut(size: u64, mut next_data: impl FnMut(u64) -> io::Result<Option<u64>>) -> io::Result<Vec<Part>> {
-    let step = part_size(size);
-    let mut parts = Vec::new();
-    let mut data = next_data(0)?;
-    for (number, offset) in (1..).zip((0..size).step_by(usize::try_from(step).unwrap_or(usize::MAX))) {
-        let length = step.min(size - offset);
-        if data.is_some_and(|data| data < offset) {
-            data = next_data(offset)?;
+impl Run {
+    /// All runs of a disk, in order; `blocks` tells of each whether it is zeros.
+    fn all(blocks: impl Iterator<Item = bool>) -> Vec<Self> {
+        let mut runs: Vec<Self> = Vec::new();
+        for zeros in blocks {
+            match runs.last_mut() {
+                Some(run) if run.zeros == zeros => run.blocks += 1,
+                _ => runs.push(Self { blocks: 1, zeros }),
+            }
         }
-        parts.push(Part { number, offset, length, hole: data.is_none_or(|data| data >= offset + length) });
+        runs
     }
-    Ok(parts)
+
+    /// In `pieces` that differ by a block at most.
+    fn divided(self, pieces: u64) -> impl Iterator<Item = Self> {
+        let Self { blocks, zeros } = self;
+        (0..pieces).map(move |piece| Self { blocks: blocks / pieces + u64::from(piece < blocks % pieces), zeros })
+    }
 }
 
-fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
-    match rustix::fs::seek(file, SeekFrom::Data(offset)) {
-        Ok(data) => Ok(Some(data)),
-        Err(Errno::NXIO) => Ok(None),
-        // A filesystem without holes.
-        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(Some(offset)),
-        Err(error) => Err(error.into()),
+/// Cuts a disk into parts.
+fn cut(runs: &[Run]) -> Vec<Run> {
+    let all: u64 = runs.iter().map(|run| run.blocks).sum();
+    let shortest = SHORTEST.max(all.div_ceil(MOST));
+    let usual = USUAL.max(shortest);
+    // The longest zeros are sent once, as what the others are copied from. The longer they may be, the fewer blocks are left
+    // over when a run is cut into such pieces; at twice the shortest, none.
+    let longest = (shortest + 1..2 * shortest).step_by(usize::try_from(shortest / SHORTEST).unwrap_or(1));
+    let sent = |longest: &u64| {
+        let data = joined(runs, shortest, *longest).iter().filter(|run| !run.zeros).map(|run| run.blocks).sum::<u64>();
+        data + longest
+    };
+    let longest = longest.min_by_key(sent).unwrap_or(shortest);
+    let pieces = |run: Run| if run.zeros { run.blocks.div_ceil(longest) } else { (run.blocks / usual).max(1) };
+    joined(runs, shortest, longest).into_iter().flat_map(|run| run.divided(pieces(run))).collect()
+}
+
+/// Joins zeros that can't be cut into pieces of `shortest` to `longest` blocks to the data beside them, and as many as data
+/// needs that is too short for a part. Only at the end may anything be shorter.
+fn joined(runs: &[Run], shortest: u64, longest: u64) -> Vec<Run> {
+    let mut joined = Vec::new();
+    let mut data = 0;
+    for (index, run) in runs.iter().enumerate() {
+        if !run.zeros {
+            data += run.blocks;
+            continue;
+        }
+        let filling = if data == 0 { 0 } else { shortest.saturating_sub(data).min(run.blocks) };
+        let rest = run.blocks - filling;
+        let zeros = rest.min(rest / shortest * longest);
+        let is_last = index + 1 == runs.len();
+        if zeros == 0 && !(is_last && rest > 0) {
+            data += run.blocks;
+            continue;
+        }
+        let before = std::mem::replace(&mut data, if is_last { 0 } else { rest - zeros });
+        joined.extend((before > 0).then_some(Run { blocks: before + filling, zeros: false }));
+        joined.extend((zeros > 0).then_some(Run { blocks: zeros, zeros: true }));
+        joined.extend((is_last && rest > zeros).then_some(Run { blocks: rest - zeros, zeros: true }));
     }
+    joined.extend((data > 0).then_some(Run { blocks: data, zeros: false }));
+    joined
 }
 
 fn hash(file: &File, offset: u64, length: u64) -> io::Result<Digest> {
@@ -133,75 +185,114 @@ fn hash(file: &File, offset: u64, length: u64) -> io::Result<Digest> {
     Ok(hash.finalize().into())
 }
 
-fn zeros(length: u64) -> Digest {
+/// The digests of zeros of these lengths. The longer ones go on from the shorter ones.
+fn of_zeros(lengths: &BTreeSet<u64>) -> BTreeMap<u64, Digest> {
     let buffer = [0; 8 << 10];
-    let mut hash = Sha256::new();
-    let mut left = length;
-    while left > 0 {
-        let some = usize::try_from(left).map_or(buffer.len(), |left| left.min(buffer.len()));
-        hash.update(&buffer[..some]);
-        left -= some as u64;
-    }
-    hash.finalize().into()
+    let (mut hash, mut done) = (Sha256::new(), 0);
+    let digest = |length: &u64| {
+        while done < *length {
+            let some = usize::try_from(length - done).map_or(buffer.len(), |left| left.min(buffer.len()));
+            hash.update(&buffer[..some]);
+            done += some as u64;
+        }
+        (*length, hash.clone().finalize().into())
+    };
+    lengths.iter().map(digest).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-
     use proptest::prelude::*;
 
     use super::*;
     use crate::units::GIB;
 
+    /// Parts of a disk of these runs, data and zeros in turn, and how many blocks each has.
+    fn parts(runs: &[u64]) -> String {
+        let runs: Vec<Run> =
+            (0..).zip(runs).map(|(index, blocks)| Run { blocks: *blocks, zeros: index % 2 == 1 }).collect();
+        let parts =
+            cut(&runs).into_iter().map(|Run { blocks, zeros }| format!("{blocks}{}", if zeros { "z" } else { "" }));
+        parts.collect::<Vec<_>>().join(" ")
+    }
+
     #[test]
-    fn parts_are_large_enough_to_be_few_and_whole_mib() {
-        assert_eq!(part_size(GIB), 8 * MIB);
-        assert_eq!(part_size(64 * GIB), 8 * MIB);
-        assert_eq!(part_size(80 * GIB), 9 * MIB);
-        assert_eq!(part_size(16 << 40), 1678 * MIB);
-        assert_eq!(part_size(50_000 * GIB), 5 * GIB);
+    fn parts_are_cut_where_zeros_begin_and_end() {
+        assert_eq!(parts(&[20]), "20");
+        assert_eq!(parts(&[100]), "17 17 17 17 16 16");
+        assert_eq!(parts(&[20, 110]), "20 11z 11z 11z 11z 11z 11z 11z 11z 11z 11z");
+        assert_eq!(parts(&[20, 110, 12]), "20 11z 11z 11z 11z 11z 11z 11z 11z 11z 11z 12");
+        // The data that begins and ends a disk is filled up with zeros.
+        assert_eq!(parts(&[1, 119, 1]), "10 11z 11z 11z 11z 11z 11z 11z 11z 11z 11z 1");
+        // Zeros that are too short for a part are sent.
+        assert_eq!(parts(&[20, 9, 20]), "17 16 16");
+        assert_eq!(parts(&[1, 12, 1]), "14");
+        assert_eq!(parts(&[20, 15]), "20 11z 4z");
+        // Sent once, longer zeros are cheaper than what is left over of many runs.
+        assert_eq!(parts(&[20, 14, 20, 14, 20, 14, 20]), "20 14z 20 14z 20 14z 20");
+        assert_eq!(parts(&[20, 14, 20, 12, 20]), "20 12z 22 12z 20");
     }
 
     proptest! {
         #[test]
-        fn parts_cover_the_disk_once_within_s3s_limits(gib in 1u64..=50_000) {
-            let size = gib * GIB;
-            let parts = cut(size, |offset| Ok(Some(offset))).unwrap();
+        fn parts_cover_the_disk_once_within_s3s_limits(
+            runs in proptest::collection::vec(prop_oneof![1u64..40, 1u64..4000, 1u64..500_000], 1..60),
+            zeros_first: bool,
+        ) {
+            let runs: Vec<Run> = (0..).zip(&runs)
+                .map(|(index, blocks)| Run { blocks: *blocks, zeros: (index % 2 == 0) == zeros_first })
+                .collect();
+            let all: u64 = runs.iter().map(|run| run.blocks).sum();
+            let parts = cut(&runs);
             prop_assert!(parts.len() as u64 <= MOST);
-            let mut end = 0;
-            for (index, part) in parts.iter().enumerate() {
-                prop_assert_eq!(usize::try_from(part.number).unwrap(), index + 1);
-                prop_assert_eq!(part.offset, end);
-                prop_assert!(part.length > 0 && part.length <= 5 * GIB);
-                prop_assert!(part.length >= 5 * MIB || index + 1 == parts.len());
-                end += part.length;
+            prop_assert_eq!(parts.iter().map(|part| part.blocks).sum::<u64>(), all);
+            let (last, others) = parts.split_last().unwrap();
+            prop_assert!(last.blocks > 0);
+            for part in others {
+                prop_assert!(part.blocks >= SHORTEST && part.blocks * BLOCK <= 5 * GIB, "{part:?}");
             }
-            prop_assert_eq!(end, size);
-        }
-
-        #[test]
-        fn a_part_is_a_hole_if_and_only_if_it_has_no_data(starts in proptest::collection::btree_set(0u64..GIB, 0..6)) {
-            let next = |offset: u64| Ok(starts.range(offset..).next().copied());
-            for part in cut(GIB, next).unwrap() {
-                let data = starts.range(part.offset..part.offset + part.length).next().is_some();
-                prop_assert_eq!(part.hole, !data);
+            // A part is zeros only where the disk is.
+            let is_data = |from: u64, to: u64| {
+                let mut end = 0;
+                runs.iter().any(|run| { let start = end; end += run.blocks; !run.zeros && start < to && end > from })
+            };
+            let mut end = 0;
+            for part in &parts {
+                let start = end;
+                end += part.blocks;
+                prop_assert!(!part.zeros || !is_data(start, end), "{part:?}");
             }
         }
     }
 
     #[test]
-    fn a_hole_has_the_digest_of_zeros_without_being_read() {
+    fn zeros_have_their_digest_without_being_read() {
+        use std::io::Write;
         let mut file = tempfile::tempfile().unwrap();
-        file.set_len(20 * MIB).unwrap();
+        let size = 2 * GIB;
+        file.set_len(size).unwrap();
         file.write_all(b"kiln").unwrap();
-        let parts = Parts::of(&file, 20 * MIB).unwrap();
-        let holes: Vec<bool> = parts.all.iter().map(|part| part.hole).collect();
-        assert_eq!(holes, [false, true, true]);
-        assert_eq!(parts.data(), 8 * MIB);
-        for part in parts.all.clone() {
+        let data = [(0, disk::Digest::of(b"kiln")), (40, disk::Digest::of(&vec![0; 512 << 10]))];
+        let parts = Parts::of(&BlockMap::from_data(size, data));
+        assert_eq!(parts.data(), 5 * MIB, "{parts:?}");
+        let mut lengths = BTreeSet::new();
+        let some: Vec<Part> = parts.all.iter().copied().filter(|part| lengths.insert(part.length)).collect();
+        assert!(some.len() > 1);
+        for part in some {
             assert_eq!(parts.digest(&file, part).unwrap(), hash(&file, part.offset, part.length).unwrap());
         }
+        // Not even where there is something else by now.
+        let zeros = parts.zeros().next().unwrap();
+        let before = parts.digest(&file, zeros).unwrap();
+        file.write_all_at(b"kiln", zeros.offset).unwrap();
+        assert_eq!(parts.digest(&file, zeros).unwrap(), before);
+    }
+
+    #[test]
+    fn a_written_zero_is_a_zero() {
+        let written = BlockMap::from_data(GIB, (0..2048).map(|index| (index, disk::Digest::of(&vec![0; 512 << 10]))));
+        assert_eq!(Parts::of(&written).all, Parts::of(&BlockMap::hole(GIB)).all);
+        assert_eq!(Parts::of(&written).data(), 0);
     }
 
     #[test]

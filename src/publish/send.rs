@@ -127,32 +127,31 @@ struct Progress {
     /// What is left in parts that have to be sent.
     data: u64,
     /// What is left in parts that are copied as long as that is possible.
-    holes: u64,
+    zeros: u64,
 }
 
 impl Progress {
     fn of(sender: &Sender) -> Self {
-        let length = |copyable: bool| {
-            let parts = sender.parts.all.iter().filter(|part| sender.parts.is_copyable(**part) == copyable);
-            let missing = parts.filter(|part| !sender.line.may_have(**part));
+        let length = |zeros: bool| {
+            let missing = sender.parts.all.iter().filter(|part| part.zeros == zeros && !sender.line.may_have(**part));
             missing.map(|part| part.length).sum()
         };
-        Self { done: 0, data: length(false), holes: length(true) }
+        Self { done: 0, data: length(false), zeros: length(true) }
     }
 
     fn ended(&mut self, sender: &Sender, one: &Sent) {
         let length = one.part.length;
         // What S3 seemed to have wasn't counted: if it was sent all the same, there was more to send.
         if !sender.line.may_have(one.part) {
-            let left = if sender.parts.is_copyable(one.part) { &mut self.holes } else { &mut self.data };
+            let left = if one.part.zeros { &mut self.zeros } else { &mut self.data };
             *left -= length;
         }
         self.done += if matches!(one.how, How::Sent { .. }) { length } else { 0 };
     }
 
     fn tell(&self, sender: &Sender) {
-        let holes = if sender.zeros.as_ref().is_some_and(Zeros::serve) { 0 } else { self.holes };
-        let total = self.done + self.data + holes;
+        let zeros = if sender.zeros.as_ref().is_some_and(Zeros::serve) { 0 } else { self.zeros };
+        let total = self.done + self.data + zeros;
         sender.line.events.emit(Event::Progress { phase: "upload", done: self.done, total });
     }
 }
@@ -160,7 +159,7 @@ impl Progress {
 impl Sender {
     /// Whether the part is expected to be copied.
     fn is_copied(&self, part: Part) -> bool {
-        self.parts.is_copyable(part) && self.zeros.as_ref().is_some_and(Zeros::serve)
+        part.zeros && self.zeros.as_ref().is_some_and(Zeros::serve)
     }
 
     async fn send(self: Arc<Self>, part: Part) -> Result<Sent, Lost> {
@@ -170,7 +169,7 @@ impl Sender {
         if let Some(kept) = self.line.kept(part, digest) {
             return Ok(kept);
         }
-        if self.parts.is_zeros(part, &digest)
+        if part.zeros
             && let Some(copied) = self.copy(part, digest).await
         {
             return Ok(copied);
@@ -182,7 +181,10 @@ impl Sender {
     async fn copy(&self, part: Part, digest: Digest) -> Option<Sent> {
         let zeros = self.zeros.as_ref()?;
         for attempt in 1..=zeros::COPIES {
-            let why = match self.copy_once(part, digest, zeros.source(&self.line.bucket)?).await {
+            let why = match self
+                .copy_once(part, digest, (zeros.source(&self.line.bucket)?, zeros.range(part.length)))
+                .await
+            {
                 Ok(sent) => return Some(sent),
                 Err(failure) if failure.is_passing() && attempt < zeros::COPIES => failure.reason(),
                 Err(failure) => {
@@ -202,7 +204,12 @@ impl Sender {
         None
     }
 
-    async fn copy_once(&self, part: Part, digest: Digest, source: String) -> Result<Sent, Failure> {
+    async fn copy_once(
+        &self,
+        part: Part,
+        digest: Digest,
+        (source, range): (String, Option<String>),
+    ) -> Result<Sent, Failure> {
         let call = self
             .line
             .clients
@@ -213,6 +220,7 @@ impl Sender {
             .upload_id(&self.line.id)
             .part_number(part.number)
             .copy_source(source)
+            .set_copy_source_range(range)
             .customize()
             .config_override(s3_once().timeout_config(zeros::timeouts()));
         let answer = call.send().await.map_err(self.line.clients.failed("s3:UploadPartCopy"))?;

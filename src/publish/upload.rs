@@ -20,7 +20,7 @@ use super::parts::{self, Digest, Parts};
 use super::retry::{Try, s3_once};
 use super::send::{self, How, Line, Sender, Sending, Sent};
 use super::undo::{Made, Undo};
-use super::{vmdk, zeros};
+use super::{ebs, vmdk, zeros};
 use crate::error::{Error, Exit};
 use crate::recipe::DiskFormat;
 use crate::store::Identity;
@@ -92,7 +92,7 @@ impl Disk {
         let file = open_disk(job)?;
         let before = identity(job, &file)?;
         let form = match job.request.object.format {
-            DiskFormat::Raw => Form::Raw(Arc::new(Parts::of(&file, job.request.size * GIB).map_err(unreadable(job))?)),
+            DiskFormat::Raw => Form::Raw(Arc::new(Parts::of(&ebs::block_map(job)?))),
             DiskFormat::Vmdk => Form::Vmdk,
         };
         Ok(Self { file: Arc::new(file), form, before })

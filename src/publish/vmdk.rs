@@ -170,7 +170,7 @@ impl<T: FnMut(Piece) -> bool> Cutter<'_, T> {
     }
 
     fn hand_over(&mut self, bytes: Vec<u8>, room: Option<OwnedSemaphorePermit>) -> bool {
-        let part = Part { number: self.number, offset: self.offset, length: bytes.len() as u64, hole: false };
+        let part = Part { number: self.number, offset: self.offset, length: bytes.len() as u64, zeros: false };
         let (done, total) = (self.done.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed));
         let piece =
             Piece { part, digest: Sha256::digest(&bytes).into(), bytes, data: done - self.told, total, _room: room };

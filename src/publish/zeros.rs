@@ -1,6 +1,6 @@
 //! Zeros that are copied inside S3 instead of being sent.
 //!
-//! A raw disk is mostly holes. One piece of zeros is sent as an object of its own, and every part without data is copied
+//! A raw disk is mostly zeros. The longest part of them is sent as an object of its own, and every part of zeros is copied
 //! from that (`UploadPartCopy`), so that a disk costs the line what its data costs. To copy takes a permission of its own
 //! (`s3:GetObject`) and an endpoint that can; without them the zeros are sent.
 
@@ -19,7 +19,7 @@ use super::undo::{Made, Undo};
 use super::{Job, object, send};
 use crate::error::Error;
 
-/// Fewer holes than this are sent: the object takes a request to make and one to delete.
+/// Fewer parts of zeros than this are sent: the object takes a request to make and one to delete.
 const FEW: usize = 4;
 
 /// How often a part is copied, and how long one copy may take: S3 does in seconds what it can.
@@ -30,10 +30,12 @@ const COPY: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(super) struct Zeros {
     key: String,
+    /// In bytes.
+    length: u64,
     refused: AtomicBool,
 }
 
-/// Makes the object of zeros, from one of the disk's holes, if enough of them are missing in what S3 has `stored` of an
+/// Makes the object of zeros, from the disk's own, if enough of them are missing in what S3 has `stored` of an
 /// upload that was taken up. Where that fails they are sent.
 pub(super) async fn make(
     job: &Job<'_>,
@@ -41,17 +43,17 @@ pub(super) async fn make(
     parts: &Parts,
     stored: Option<&StoredParts>,
 ) -> Result<Option<Zeros>, Error> {
-    let has = |hole: &Part| stored.is_some_and(|stored| stored.contains_key(&hole.number));
-    // Any of them will do, if there are so many.
-    let Some(hole) = parts.holes().filter(|hole| !has(hole)).nth(FEW - 1) else {
+    let has = |part: &Part| stored.is_some_and(|stored| stored.contains_key(&part.number));
+    let missing = parts.zeros().filter(|part| !has(part)).count();
+    let longest = parts.longest_zeros().filter(|_| missing >= FEW);
+    let Some((longest, digest)) = longest.and_then(|part| Some((part, parts.digest_of_zeros(part)?))) else {
         if stored.is_some() {
             let _ = take_over(job, undo).await?;
         }
         return Ok(None);
     };
-    let zeros = Zeros { key: key(job), refused: AtomicBool::new(false) };
+    let zeros = Zeros { key: key(job), length: longest.length, refused: AtomicBool::new(false) };
     let made = |version, sure| Made::Object { key: zeros.key.clone(), version, sure };
-    let digest = parts.hole_digest(hole);
     let are_sent = |why: String| job.events.detail(format!("zeros can't be kept in S3 and are sent: {why}"));
     match take_over(job, undo).await? {
         Ok(Some(there)) if !there.is_of_disk(job) => {
@@ -59,7 +61,7 @@ pub(super) async fn make(
             return Ok(None);
         }
         // An earlier run has left them, or another one uses them at this moment.
-        Ok(Some(there)) if there.is(hole.length, &parts::base64(&digest)) => return Ok(Some(zeros)),
+        Ok(Some(there)) if there.is(longest.length, &parts::base64(&digest)) => return Ok(Some(zeros)),
         Ok(_) => {}
         // Who may not look may not copy either.
         Err(failure) => {
@@ -67,7 +69,7 @@ pub(super) async fn make(
             return Ok(None);
         }
     }
-    let put = |attempt| put(job, &zeros.key, hole, digest, attempt);
+    let put = |attempt| put(job, &zeros.key, longest, digest, attempt);
     let (entry, answer) = job.make("the zeros that parts are copied from", undo, made(None, false), put).await?;
     match answer {
         Ok(version) => undo.made(entry, made(version, true)),
@@ -95,7 +97,7 @@ pub(super) async fn take_over(job: &Job<'_>, undo: &mut Undo) -> Result<Result<O
     Ok(found)
 }
 
-async fn put(job: &Job<'_>, key: &str, hole: Part, digest: Digest, attempt: Try) -> Result<Option<String>, Failure> {
+async fn put(job: &Job<'_>, key: &str, part: Part, digest: Digest, attempt: Try) -> Result<Option<String>, Failure> {
     // Sent twice, a bucket that keeps versions has two: an earlier request's is used.
     if attempt.doubtful
         && let Ok(Some(object)) = object::look(job, key).await
@@ -103,7 +105,7 @@ async fn put(job: &Job<'_>, key: &str, hole: Part, digest: Digest, attempt: Try)
         return Ok(object.version);
     }
     let unreadable = |error: aws_sdk_s3::primitives::ByteStreamError| Failure::found("s3:PutObject", error.to_string());
-    let body = ByteStream::read_from().path(&job.request.disk).offset(hole.offset).length(Length::Exact(hole.length));
+    let body = ByteStream::read_from().path(&job.request.disk).offset(part.offset).length(Length::Exact(part.length));
     let call = job
         .clients
         .s3
@@ -115,10 +117,10 @@ async fn put(job: &Job<'_>, key: &str, hole: Part, digest: Digest, attempt: Try)
         .set_metadata(Some(object::metadata(job)))
         .set_server_side_encryption(object::encryption(job))
         .set_ssekms_key_id(object::key_id(job))
-        .content_length(i64::try_from(hole.length).unwrap_or(i64::MAX))
+        .content_length(i64::try_from(part.length).unwrap_or(i64::MAX))
         .body(body.build().await.map_err(unreadable)?)
         .customize()
-        .config_override(s3_once().timeout_config(send::part_timeouts(hole.length, attempt.number)));
+        .config_override(s3_once().timeout_config(send::part_timeouts(part.length, attempt.number)));
     let answer = call.send().await.map_err(job.clients.failed("s3:PutObject"))?;
     Ok(object::real_version(answer.version_id))
 }
@@ -127,6 +129,12 @@ impl Zeros {
     /// Where parts are copied from, as long as S3 lets them be: bucket and key, written for an URL.
     pub(super) fn source(&self, bucket: &str) -> Option<String> {
         self.serve().then(|| format!("{bucket}/{}", escape(&self.key)))
+    }
+
+    /// Which of its bytes a part of this length has; none: all of them. A range is possible only in objects of more than
+    /// 5 MB (S3 API reference, `UploadPartCopy`): as the shortest part has as many, what is longer is one of them.
+    pub(super) fn range(&self, length: u64) -> Option<String> {
+        (length < self.length).then(|| format!("bytes=0-{}", length - 1))
     }
 
     /// Whether parts are still copied.
@@ -165,8 +173,9 @@ mod tests {
     #[test]
     fn a_key_is_escaped_for_the_copys_source() {
         assert_eq!(escape("images/a b+c-ä.raw"), "images/a%20b%2Bc-%C3%A4.raw");
-        let zeros = Zeros { key: "x y".to_owned(), refused: AtomicBool::new(false) };
+        let zeros = Zeros { key: "x y".to_owned(), length: 7, refused: AtomicBool::new(false) };
         assert_eq!(zeros.source("b").unwrap(), "b/x%20y");
+        assert_eq!([6, 7].map(|length| zeros.range(length)), [Some("bytes=0-5".to_owned()), None]);
         assert!(zeros.refuse() && !zeros.refuse());
         assert_eq!(zeros.source("b"), None);
     }

@@ -33,6 +33,8 @@ struct Stage {
     disk: (u64, i64, i64),
 }
 
+/// How many parts S3 is given of a stage's disk.
+const PARTS: u64 = 183;
 /// Nothing at the endpoint: no objects, no unfinished uploads, no snapshots, no images, no running imports.
 const NOTHING: [u64; 5] = [0; 5];
 /// What a published image leaves there.

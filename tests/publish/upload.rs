@@ -6,7 +6,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use sha2::Digest as _;
 
-use super::{NOTHING, ONE_IMAGE, Stage};
+use super::{NOTHING, ONE_IMAGE, PARTS, Stage};
 use crate::support::{Aws, Kiln, Running, tool, wait_until};
 
 /// How long a part is.
@@ -78,7 +78,7 @@ fn a_killed_kilns_upload_is_gone_on_with() {
     stage.published(ran);
     let after = taken(&stage);
     assert!(after.iter().all(|number| !before.contains(number)), "{before:?} were there, {after:?} were sent");
-    assert_eq!(before.len() + after.len(), 128, "each part once");
+    assert_eq!((before.len() + after.len()) as u64, PARTS, "each part once");
     assert_eq!(stage.aws.requests("s3:CreateMultipartUpload"), [] as [Value; 0]);
     stage.assert_arrived();
     assert!(!stage.bench.names("out/web").contains(&"publish.us-east-1.lock".to_owned()));
@@ -176,14 +176,14 @@ fn an_upload_that_may_not_be_looked_for() {
     stage.aws.reset();
     stage.aws.fault(&json!({ "action": "s3:ListParts", "error": "AccessDenied" }));
     stage.published(stage.publish().run());
-    assert_eq!(taken(&stage).len(), 128, "into the same upload");
+    assert_eq!(taken(&stage).len() as u64, PARTS, "into the same upload");
 
     let stage = Stage::new();
     for action in ["s3:ListMultipartUploads", "s3:HeadObject"] {
         stage.aws.fault(&json!({ "action": action, "error": "AccessDenied" }));
     }
     stage.published(stage.publish().run());
-    assert_eq!(sent(&stage), 128, "zeros too");
+    assert_eq!(sent(&stage) as u64, PARTS, "zeros too");
 }
 
 /// Puts an object where the disk goes.
@@ -253,8 +253,8 @@ fn two_kilns_of_two_hosts() {
     wait_until("the first to look", || looks() > before);
     stage.aws.control("POST", "import", Some(&json!({ "task": "*", "hold": false })));
     let [first, second] = [first, second].map(Running::end);
-    let words = "going on with an upload that was begun before: 128 parts are there";
-    assert!(second.stderr.contains(words), "{}", second.stderr);
+    let words = format!("going on with an upload that was begun before: {PARTS} parts are there");
+    assert!(second.stderr.contains(&words), "{}", second.stderr);
     assert_eq!(first.succeeded(), second.succeeded());
     assert_eq!(stage.aws.resources(), ONE_IMAGE);
     let imports = stage.aws.requests("ec2:ImportSnapshot");
