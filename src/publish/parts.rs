@@ -25,6 +25,8 @@ const SHORTEST: u64 = 5 * MIB / BLOCK;
 /// Below this, in blocks, a request costs more than the bytes it carries: data is cut into parts of this length, and less
 /// than twice this.
 const USUAL: u64 = 8 * MIB / BLOCK;
+/// How many copies take as long as to send a block: one in 100 ms and 32 at once, on a line of 100 Mbit/s.
+const COPIES_A_BLOCK: u64 = 12;
 const BUFFER: usize = 256 << 10;
 
 /// A SHA-256.
@@ -133,14 +135,16 @@ fn cut(runs: &[Run]) -> Vec<Run> {
     let all: u64 = runs.iter().map(|run| run.blocks).sum();
     let shortest = SHORTEST.max(all.div_ceil(MOST));
     let usual = USUAL.max(shortest);
-    // The longest zeros are sent once, as what the others are copied from. The longer they may be, the fewer blocks are left
-    // over when a run is cut into such pieces; at twice the shortest, none.
+    // The longest zeros are sent once, as what the others are copied from. The longer they may be, the fewer copies there
+    // are, and the fewer blocks are left over where a run is cut into such pieces; at twice the shortest, none.
     let longest = (shortest + 1..2 * shortest).step_by(usize::try_from(shortest / SHORTEST).unwrap_or(1));
-    let sent = |longest: &u64| {
-        let data = joined(runs, shortest, *longest).iter().filter(|run| !run.zeros).map(|run| run.blocks).sum::<u64>();
-        data + longest
+    let cost = |longest: &u64| {
+        let joined = joined(runs, shortest, *longest);
+        let data: u64 = joined.iter().filter(|run| !run.zeros).map(|run| run.blocks).sum();
+        let copies: u64 = joined.iter().filter(|run| run.zeros).map(|run| run.blocks.div_ceil(*longest)).sum();
+        (data + longest) * COPIES_A_BLOCK + copies
     };
-    let longest = longest.min_by_key(sent).unwrap_or(shortest);
+    let longest = longest.min_by_key(cost).unwrap_or(shortest);
     let pieces = |run: Run| if run.zeros { run.blocks.div_ceil(longest) } else { (run.blocks / usual).max(1) };
     joined(runs, shortest, longest).into_iter().flat_map(|run| run.divided(pieces(run))).collect()
 }

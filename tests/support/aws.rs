@@ -57,7 +57,7 @@ impl Aws {
     #[track_caller]
     pub(crate) fn control(&self, method: &str, path: &str, body: Option<&Value>) -> Value {
         let mut curl = Command::new("curl");
-        curl.args(["-sS", "--fail-with-body", "--max-time", "30", "-X", method]);
+        curl.args(["-sS", "--fail-with-body", "--max-time", "90", "-X", method]);
         if let Some(body) = body {
             curl.args(["-H", "Content-Type: application/json", "-d", &body.to_string()]);
         }
@@ -98,8 +98,8 @@ impl Aws {
     /// Waits until a fault with `hold` keeps a call.
     #[track_caller]
     pub(crate) fn wait_until_held(&self, what: &str) {
-        let held = || self.control("GET", "requests?held=True", None)["requests"] != json!([]);
-        self.wait_until(what, held);
+        let held = self.control("GET", "requests?held=True&wait=60", None);
+        assert_ne!(held["requests"], json!([]), "waited for {what}; so far: {:?}", self.actions());
     }
 
     /// Forgets all faults; a call that one of them kept goes on.
@@ -214,7 +214,8 @@ impl Aws {
     /// Waits until a call of this action has arrived.
     #[track_caller]
     pub(crate) fn wait_for(&self, action: &str) {
-        self.wait_until(action, || !self.requests(action).is_empty());
+        let arrived = self.control("GET", &format!("requests?action={action}&wait=60"), None);
+        assert_ne!(arrived["requests"], json!([]), "waited for {action}; so far: {:?}", self.actions());
     }
 
     /// Waits until a call of this action has been met by a fault.
