@@ -2,6 +2,8 @@
 //! Those that S3 has already, from a run before, are not sent.
 
 use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -119,6 +121,36 @@ pub(super) async fn all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Sending, 
         job.events.detail("the endpoint doesn't confirm SHA-256 checksums; it was asked to check them");
     }
     Ok(Sending::Done(sent))
+}
+
+/// How many of the parts would be sent, and how many copied from zeros, if that is possible; each with its bytes. Read is
+/// what must be: what S3 has `stored`, and what begins with zeros.
+pub(super) fn plan(parts: &Parts, file: &File, stored: &StoredParts, copies: bool) -> io::Result<[(u64, u64); 2]> {
+    let [mut sent, mut copied] = [(0, 0); 2];
+    for part in &parts.all {
+        let there = stored.get(&part.number).filter(|stored| stored.size == part.length);
+        let how = if there.is_none() && !(copies && begins_with_zeros(file, *part)?) {
+            &mut sent
+        } else {
+            let digest = parts.digest(file, *part)?;
+            match there {
+                Some(there) if there.sha256 == parts::base64(&digest) => continue,
+                _ if copies && parts.is_zeros(*part, &digest) => &mut copied,
+                _ => &mut sent,
+            }
+        };
+        *how = (how.0 + 1, how.1 + part.length);
+    }
+    Ok([sent, copied])
+}
+
+fn begins_with_zeros(file: &File, part: Part) -> io::Result<bool> {
+    let mut start = [0; 4096];
+    let length = start.len().min(usize::try_from(part.length).unwrap_or(usize::MAX));
+    if !part.hole {
+        file.read_exact_at(&mut start[..length], part.offset)?;
+    }
+    Ok(start.iter().all(|byte| *byte == 0))
 }
 
 /// How far the upload is, in bytes that are sent; what is copied or there already costs nothing.

@@ -79,6 +79,45 @@ pub(super) async fn make(
     Ok(Some(zeros))
 }
 
+/// What [`make`] would do.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Plan {
+    /// Parts are copied.
+    pub(super) serve: bool,
+    /// How many bytes are sent for that; none: nothing.
+    pub(super) put: Option<u64>,
+    /// How many objects there are to delete afterwards: what is there, and what is made.
+    pub(super) deleted: u64,
+}
+
+/// Looks as [`make`] does.
+pub(super) async fn plan(job: &Job<'_>, parts: &Parts, stored: Option<&StoredParts>) -> Result<Plan, Error> {
+    let has = |hole: &Part| stored.is_some_and(|stored| stored.contains_key(&hole.number));
+    let hole = parts.holes().filter(|hole| !has(hole)).nth(FEW - 1);
+    if hole.is_none() && stored.is_none() {
+        return Ok(Plan::default());
+    }
+    let there = job.stop.or("the zeros", Box::pin(object::look(job, &key(job)))).await?;
+    Ok(match (hole, there) {
+        (Some(hole), Ok(None)) => Plan { serve: true, put: Some(hole.length), deleted: 1 },
+        (Some(hole), Ok(Some(there))) if there.is_of_disk(job) => {
+            let digest = parts.hole_digest(hole);
+            let whole = there.is(hole.length, &parts::base64(&digest));
+            Plan { serve: true, put: (!whole).then_some(hole.length), deleted: 1 + u64::from(!whole) }
+        }
+        (_, there) => Plan { deleted: u64::from(is_own(job, &there)), ..Plan::default() },
+    })
+}
+
+/// Whether zeros are there that [`take_over`] would delete.
+pub(super) async fn are_left(job: &Job<'_>) -> Result<bool, Error> {
+    Ok(is_own(job, &job.stop.or("the zeros", Box::pin(object::look(job, &key(job)))).await?))
+}
+
+fn is_own(job: &Job<'_>, found: &Result<Option<Object>, Failure>) -> bool {
+    found.as_ref().is_ok_and(|there| there.as_ref().is_some_and(|there| there.is_of_disk(job)))
+}
+
 fn key(job: &Job<'_>) -> String {
     format!("{}.zeros", job.target.key)
 }
