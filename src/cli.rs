@@ -334,7 +334,7 @@ pub struct Publish {
     /// Only check region, bucket, role and permissions
     #[arg(long, conflicts_with = "dry_run")]
     pub check: bool,
-    /// Print the IAM policy that this publish needs, and ask AWS nothing, with --dry-run neither
+    /// Print the IAM policy that this publish needs, and nothing else; AWS is asked nothing
     #[arg(long, conflicts_with = "check")]
     pub iam_policy: bool,
 }

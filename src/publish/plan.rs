@@ -320,7 +320,9 @@ mod tests {
     fn what_is_known_of_a_sum_is_what_is_known_of_its_parts() {
         let sum = |counts: &[Count]| {
             let mut sum = Count::default();
-            counts.iter().for_each(|count| sum += *count);
+            for count in counts {
+                sum += *count;
+            }
             sum.known()
         };
         let [two, at_least, at_most] = [Count::exactly(2), Count::at_least(3), Count::at_most(5)];

@@ -118,6 +118,11 @@ fn is_own(job: &Job<'_>, found: &Result<Option<Object>, Failure>) -> bool {
     found.as_ref().is_ok_and(|there| there.as_ref().is_some_and(|there| there.is_of_disk(job)))
 }
 
+/// Where the zeros are, for words: bucket and key.
+pub(super) fn place(job: &Job<'_>) -> String {
+    format!("{}/{}", job.target.bucket, key(job))
+}
+
 fn key(job: &Job<'_>) -> String {
     format!("{}.zeros", job.target.key)
 }
