@@ -328,14 +328,14 @@ pub struct Publish {
     /// How long all of it may take
     #[arg(long, value_name = "TIME", default_value = "2h")]
     pub timeout: String,
-    /// Only read, and say what would be done
+    /// Only read, and print the requests that would be made, with what they need and cost by
     #[arg(long)]
     pub dry_run: bool,
     /// Only check region, bucket, role and permissions
     #[arg(long, conflicts_with = "dry_run")]
     pub check: bool,
-    /// Print the IAM policy that this publish needs, and ask AWS nothing
-    #[arg(long, conflicts_with_all = ["dry_run", "check"])]
+    /// Print the IAM policy that this publish needs, and nothing else; AWS is asked nothing
+    #[arg(long, conflicts_with = "check")]
     pub iam_policy: bool,
 }
 

@@ -10,6 +10,7 @@ mod images;
 mod init;
 mod object;
 mod plan;
+mod planned;
 mod provisioners;
 mod publish;
 mod rehearse;

@@ -8,7 +8,7 @@ use kiln::publish::{ObjectEncryption, ObjectOptions, Request, upload_only};
 use kiln::recipe::DiskFormat;
 use serde_json::json;
 
-use super::Context;
+use super::{Context, planned};
 
 /// The command line's choice, else the recipe's.
 pub(super) fn options(manifest: &Manifest, arguments: &Publish) -> Result<ObjectOptions, Error> {
@@ -60,7 +60,10 @@ pub(super) fn none_asked(asked: &cli::Object) -> Result<(), Error> {
 /// Uploads, and prints `s3://BUCKET/KEY`.
 pub(super) fn upload(context: &Context<'_>, request: &Request, events: &Events) -> Result<(), Error> {
     let uploaded = upload_only(request, events, context.cancel)?;
-    let place = if uploaded.dry_run { String::new() } else { format!("s3://{}/{}", uploaded.bucket, uploaded.key) };
-    context.ui.result(&place, &json!(uploaded));
+    let human = match &uploaded.plan {
+        Some(plan) => planned::tables(&[(&uploaded.region, plan)]),
+        None => format!("s3://{}/{}", uploaded.bucket, uploaded.key),
+    };
+    context.ui.result(&human, &json!(uploaded));
     Ok(())
 }

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 
 use super::encryption::encryption;
 use super::texts::{self, Texts};
-use super::{Context, duration, object};
+use super::{Context, duration, object, planned};
 
 /// How often a running import is looked at. AWS takes minutes for one.
 const POLL: Duration = Duration::from_secs(15);
@@ -60,8 +60,10 @@ pub(super) fn run(context: &Context<'_>, arguments: Publish) -> Result<(), Error
         }
         tell_github(context, &published);
     }
+    let plans: Vec<_> =
+        published.iter().filter_map(|image| Some((image.region.as_str(), image.plan.as_ref()?))).collect();
     let lines = published.iter().map(|image| format!("{} {}\n", image.region, image.image_id));
-    let human = if arguments.dry_run { String::new() } else { lines.collect() };
+    let human = if arguments.dry_run { planned::tables(&plans) } else { lines.collect() };
     if !published.is_empty() || ended.len() > 1 {
         context.ui.result(&human, &json!(published));
     }

@@ -68,7 +68,7 @@ pub use overlay::{Extent, ExtentKind, Overlay};
 pub use probe::{Filesystem, FilesystemKind};
 pub use sum::sha256;
 pub use table::{Partition, PartitionKind, Patch, Scheme, Table};
-pub use vmdk::write_vmdk;
+pub use vmdk::{longest_vmdk, write_vmdk};
 
 /// The only sector size that kiln reads and writes, in bytes.
 pub const SECTOR: u64 = 512;

@@ -63,6 +63,20 @@ pub fn write_vmdk(image: &Image, out: &mut dyn Write, work: &Work) -> Result<(),
     Ok(())
 }
 
+/// How long the stream of the image can be, in bytes: as if nothing of it could be compressed, and no zeros were written.
+///
+/// # Errors
+/// [`Error::Read`].
+pub fn longest_vmdk(image: &Image) -> Result<u64, Error> {
+    let grains = data_bytes(image)? / GRAIN;
+    let tables = image.size().div_ceil(GRAIN * TABLE);
+    // What can't be compressed gets longer by less than what is left of a sector beside the grain's marker.
+    let of_grains = grains * (GRAIN + SECTOR);
+    let of_tables = tables.min(grains) * (SECTOR + TABLE * 4);
+    let end = SECTOR + (tables * 4).next_multiple_of(SECTOR) + 3 * SECTOR;
+    Ok(OVERHEAD + of_grains + of_tables + end)
+}
+
 /// How many bytes the grains have together that aren't holes.
 fn data_bytes(image: &Image) -> Result<u64, Error> {
     let (mut next, mut all) = (0, 0);
@@ -275,6 +289,10 @@ mod tests {
         stream
     }
 
+    fn longest(disk: &Path) -> u64 {
+        longest_vmdk(&Image::raw(disk).unwrap()).unwrap()
+    }
+
     /// Bytes that don't get smaller.
     fn noise(length: usize) -> Vec<u8> {
         let mut state = 1_u64;
@@ -302,6 +320,7 @@ mod tests {
         let stream = vmdk(&raw, 3);
         assert_eq!(stream, vmdk(&raw, 1), "however many threads there are");
         assert!(stream.len() < 3 << 20, "{}", stream.len());
+        assert!(stream.len() as u64 <= longest(&raw), "{} of {}", stream.len(), longest(&raw));
         std::fs::write(&copy, &stream).unwrap();
         tool("qemu-img", &["check", "-f", "vmdk", text(&copy)]);
         tool("qemu-img", &["compare", "-f", "raw", "-F", "vmdk", text(&raw), text(&copy)]);
@@ -325,8 +344,18 @@ mod tests {
         let stream = vmdk(&raw, 2);
         // Overhead; directory, footer and end, each with its marker.
         assert_eq!(stream.len() as u64, OVERHEAD + 5 * SECTOR);
+        assert_eq!(stream.len() as u64, longest(&raw));
         std::fs::write(&copy, &stream).unwrap();
         tool("qemu-img", &["compare", "-f", "raw", "-F", "vmdk", text(&raw), text(&copy)]);
+    }
+
+    #[test]
+    fn what_cannot_be_compressed_is_no_longer_than_foreseen() {
+        let folder = tempfile::tempdir().unwrap();
+        let raw = folder.path().join("raw");
+        std::fs::write(&raw, noise(5 << 20)).unwrap();
+        let (length, longest) = (vmdk(&raw, 2).len() as u64, longest(&raw));
+        assert!((5 << 20..=longest).contains(&length) && longest - length < 64 << 10, "{length} of {longest}");
     }
 
     #[test]

@@ -15,15 +15,18 @@ use aws_config::stalled_stream_protection::StalledStreamProtectionConfig;
 use aws_config::timeout::TimeoutConfig;
 use aws_config::{BehaviorVersion, Region, SdkConfig};
 use aws_sdk_s3::config::endpoint::{DefaultResolver, EndpointFuture, Params, ResolveEndpoint};
-use aws_sdk_s3::config::interceptors::BeforeTransmitInterceptorContextRef;
+use aws_sdk_s3::config::interceptors::{BeforeSerializationInterceptorContextRef, BeforeTransmitInterceptorContextRef};
 use aws_sdk_s3::config::{ConfigBag, Intercept, RuntimeComponents, SharedHttpClient};
 use aws_sdk_s3::error::{BoxError, ProvideErrorMetadata, SdkError};
 use aws_smithy_http_client::proxy::ProxyConfig;
 use aws_smithy_http_client::{Builder, Connector, tls};
+use aws_smithy_runtime_api::client::orchestrator::Metadata;
 
 use tokio::runtime::Runtime;
 
+use super::action::Action;
 use super::failure::Failure;
+use super::plan::Requests;
 use crate::error::{Error, Exit};
 
 /// One request of a call, from its first byte to its answer.
@@ -45,6 +48,7 @@ pub(super) struct Clients {
     region: String,
     config: SdkConfig,
     attempts: u32,
+    asked: Asked,
     s3_url: LastUrl,
     ec2_url: LastUrl,
     ebs_url: LastUrl,
@@ -72,14 +76,19 @@ impl Clients {
     }
 
     fn new(config: SdkConfig, attempts: u32) -> Self {
+        let asked = Asked::default();
         let [s3_url, ec2_url, ebs_url, ssm_url] = [(); 4].map(|()| LastUrl::default());
         let s3 = aws_sdk_s3::config::Builder::from(&config)
             .endpoint_resolver(PathStyle(DefaultResolver::new()))
             .interceptor(s3_url.clone())
+            .interceptor(asked.clone())
             .build();
-        let ec2 = aws_sdk_ec2::config::Builder::from(&config).interceptor(ec2_url.clone()).build();
-        let ebs = aws_sdk_ebs::config::Builder::from(&config).interceptor(ebs_url.clone()).build();
-        let ssm = aws_sdk_ssm::config::Builder::from(&config).interceptor(ssm_url.clone()).build();
+        let ec2 =
+            aws_sdk_ec2::config::Builder::from(&config).interceptor(ec2_url.clone()).interceptor(asked.clone()).build();
+        let ebs =
+            aws_sdk_ebs::config::Builder::from(&config).interceptor(ebs_url.clone()).interceptor(asked.clone()).build();
+        let ssm =
+            aws_sdk_ssm::config::Builder::from(&config).interceptor(ssm_url.clone()).interceptor(asked.clone()).build();
         Self {
             s3: aws_sdk_s3::Client::from_conf(s3),
             ec2: aws_sdk_ec2::Client::from_conf(ec2),
@@ -88,6 +97,7 @@ impl Clients {
             region: config.region().map(ToString::to_string).unwrap_or_default(),
             config,
             attempts,
+            asked,
             s3_url,
             ec2_url,
             ebs_url,
@@ -103,6 +113,11 @@ impl Clients {
     /// How often a request is sent before it fails.
     pub(super) fn attempts(&self) -> u32 {
         self.attempts
+    }
+
+    /// What was asked of AWS since this was last called, of what a publish asks.
+    pub(super) fn asked(&self) -> Requests {
+        std::mem::take(&mut *self.asked.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Turns the SDK's error of the call named, e.g. `ec2:RegisterImage`, into a [`Failure`].
@@ -262,6 +277,29 @@ impl Intercept for LastUrl {
         _: &mut ConfigBag,
     ) -> Result<(), BoxError> {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = origin(context.request().uri());
+        Ok(())
+    }
+}
+
+/// Counts requests, their repeats apart: what a dry run has asked a publish asks as well.
+#[derive(Debug, Clone, Default)]
+struct Asked(Arc<Mutex<Requests>>);
+
+impl Intercept for Asked {
+    fn name(&self) -> &'static str {
+        "Asked"
+    }
+
+    fn read_before_serialization(
+        &self,
+        _: &BeforeSerializationInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        config: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let call = config.load::<Metadata>().map(|of| format!("{}:{}", of.service().to_ascii_lowercase(), of.name()));
+        if let Some(action) = call.as_deref().and_then(Action::named) {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).exactly(action, 1);
+        }
         Ok(())
     }
 }

@@ -10,8 +10,10 @@ use aws_sdk_ec2::types::{Filter, Image, ImageState, ResourceType, Snapshot, Tag,
 use sha2::{Digest as _, Sha256};
 use tokio::time::{sleep, timeout};
 
+use super::action::Action::{CopyImage, DescribeImages, DescribeSnapshots};
 use super::failure::Failure;
 use super::place::Place;
+use super::plan::Requests;
 use super::retry::{Unmade, ec2_once, random};
 use super::undo::{EACH, LOOKS, PAUSE, until_deleted};
 use super::{image, rules};
@@ -98,6 +100,13 @@ pub(super) async fn copy(place: &Place, order: &Order, tell: impl Fn(u64)) -> Re
             None => error,
         }),
     }
+}
+
+/// What [`copy`] would do.
+pub(super) fn plan(requests: &mut Requests) {
+    // The name, and twice or more the copy; the source is looked at in its own region. How far the snapshots are is asked
+    // only if they aren't there at once.
+    requests.exactly(CopyImage, 1).at_least(DescribeImages, 3).at_least(DescribeSnapshots, 0);
 }
 
 /// That the image can get there at all.

@@ -7,6 +7,8 @@
 //!
 //! Source: "EBS direct APIs" in the Amazon EBS User Guide and API Reference.
 
+mod plan;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -32,6 +34,7 @@ use crate::disk::{BLOCK, BlockMap, Digest};
 use crate::error::{Error, Exit};
 use crate::event::{Event, Events};
 use crate::units::{GIB, Size, hex};
+pub(super) use plan::{data, plan};
 
 /// How many blocks are in flight for each part that S3 would be sent at once.
 const BESIDE: usize = 8;
@@ -63,21 +66,6 @@ pub(super) fn in_words(written: &Written) -> String {
 
 pub(super) fn begins(job: &Job<'_>) -> String {
     format!("{} into a snapshot in {}", Size(job.request.size * GIB), job.target.region)
-}
-
-pub(super) async fn plan_in_words(job: &Job<'_>) -> Result<String, Error> {
-    let map = block_map(job)?;
-    let encrypts = Box::pin(encrypts(job)).await?;
-    let parent = Box::pin(parent(job, &map, encrypts)).await?;
-    let count = blocks(&map, parent.as_ref().map(|parent| &parent.map), encrypts).len();
-    let bytes = Size(count as u64 * BLOCK);
-    let rest = match parent {
-        Some(parent) => format!("the rest is that of {}", parent.snapshot),
-        None if encrypts => "it is encrypted, so that holes are sent too".to_owned(),
-        None => "the rest are holes".to_owned(),
-    };
-    let encryption = rules::encryption_in_words(job.request, &job.target.region);
-    Ok(format!("write {}{encryption}: {bytes} in {count} blocks; {rest}", begins(job)))
 }
 
 /// Makes the snapshot, or goes on with one that an earlier run of this disk has begun. What was begun stays in `journal`.
@@ -199,18 +187,51 @@ async fn encrypts(job: &Job<'_>) -> Result<bool, Error> {
 
 type Blocks = Vec<(u64, Digest)>;
 
+/// What an earlier run has begun and left.
+enum Left {
+    Nothing,
+    /// It can be gone on with; `sealed` says that it takes no more blocks.
+    Useful {
+        journal: Journal,
+        begun: Begun,
+        blocks: Blocks,
+        sealed: bool,
+    },
+    /// It can't, and this snapshot is to be deleted.
+    Useless(Journal, Option<String>),
+}
+
 /// The snapshot that an earlier run has begun and left, and its blocks, if it can be gone on with. If not it is deleted.
 async fn take_up(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Option<(Journal, Begun, Blocks)>, Error> {
-    let (mut journal, begun) = match Journal::find(&job.request.disk, &job.target.region) {
-        journal::Found::Nothing => return Ok(None),
-        journal::Found::Left(journal, begun) => (journal, begun),
-        journal::Found::Asked(journal, run) => {
-            // It has no block yet.
-            if let Some(snapshot) = asked_for(job, &journal, &run).await? {
+    match Box::pin(left_behind(job, map)).await? {
+        Left::Nothing => Ok(None),
+        Left::Useful { mut journal, begun, blocks, sealed } => {
+            job.events.note(format!("going on with {}, which an earlier publish has begun", begun.snapshot));
+            undo.will_make(Made::Snapshot { id: Some(begun.snapshot.clone()) });
+            if sealed && !journal.is_sealed() {
+                journal.seal();
+            }
+            Ok(Some((journal, begun, blocks)))
+        }
+        Left::Useless(journal, snapshot) => {
+            if let Some(snapshot) = snapshot {
                 delete(job, undo, &snapshot).await;
             }
             journal.remove();
-            return Ok(None);
+            Ok(None)
+        }
+    }
+}
+
+/// Looks for that.
+async fn left_behind(job: &Job<'_>, map: &BlockMap) -> Result<Left, Error> {
+    let (journal, begun) = match Journal::find(&job.request.disk, &job.target.region) {
+        journal::Found::Nothing => return Ok(Left::Nothing),
+        journal::Found::Left(journal, begun) => (journal, begun),
+        journal::Found::Asked(journal, run) => {
+            // It has no block yet.
+            let snapshot = asked_for(job, &journal, &run).await?;
+            return Ok(Left::Useless(journal, snapshot));
         }
         journal::Found::Busy => {
             let message = format!("another kiln publishes this disk to {}", job.target.region);
@@ -223,21 +244,14 @@ async fn take_up(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Optio
         let blocks = blocks(map, parent.flatten().as_ref(), begun.encrypted);
         let alike = begun.digest == job.request.digest && begun.encryption == asked_encryption(job);
         if alike && begun.blocks == digest_of(&blocks) {
-            job.events.note(format!("going on with {}, which an earlier publish has begun", begun.snapshot));
-            undo.will_make(Made::Snapshot { id: Some(begun.snapshot.clone()) });
-            if state == Some(SnapshotState::Completed) {
-                journal.seal();
-            }
-            return Ok(Some((journal, begun, blocks)));
+            let sealed = journal.is_sealed() || state == Some(SnapshotState::Completed);
+            return Ok(Left::Useful { journal, begun, blocks, sealed });
         }
     }
     // One that is complete is whole, though of another disk perhaps. AWS gives the others up only after an hour, and keeps
     // them.
-    if !matches!(state, None | Some(SnapshotState::Completed)) {
-        delete(job, undo, &begun.snapshot).await;
-    }
-    journal.remove();
-    Ok(None)
+    let deleted = !matches!(state, None | Some(SnapshotState::Completed));
+    Ok(Left::Useless(journal, deleted.then_some(begun.snapshot)))
 }
 
 async fn delete(job: &Job<'_>, undo: &mut Undo, snapshot: &str) {

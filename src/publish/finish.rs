@@ -6,6 +6,8 @@ use std::time::{Duration, SystemTime};
 use aws_sdk_ec2::primitives::DateTime;
 use aws_sdk_ec2::types::Image;
 
+use super::action::Action::{DescribeImages, EnableImageDeprecation, EnableImageDeregistrationProtection};
+use super::plan::Steps;
 use super::share::{self, Sharing};
 use super::{Job, image};
 use crate::error::Error;
@@ -13,27 +15,53 @@ use crate::recipe::Protection;
 use crate::units::show_duration;
 
 pub(super) fn begins(job: &Job<'_>) -> String {
-    format!("{} in {}", plan_in_words(job).join(", "), job.target.region)
+    let steps = steps(job, None);
+    let words: Vec<&str> = steps.each().map(|step| step.what.as_str()).collect();
+    format!("{} in {}", words.join(", "), job.target.region)
 }
 
-/// What is to be done, a line for each thing.
-pub(super) fn plan_in_words(job: &Job<'_>) -> Vec<String> {
+/// What [`finish`] would do with an image that is there; none: with a new one.
+pub(super) async fn plan(job: &Job<'_>, id: Option<&str>) -> Result<Steps, Error> {
+    let found = match id.filter(|_| !steps(job, None).is_empty()) {
+        Some(id) => Some(image::get(job, id).await?),
+        None => None,
+    };
+    let _ = job.clients.asked();
+    Ok(steps(job, found.as_ref()))
+}
+
+/// What is to be done, a step for each thing that is wanted, whether the image has it already or not.
+fn steps(job: &Job<'_>, found: Option<&Image>) -> Steps {
     let release = &job.request.release;
-    let mut words = Vec::new();
+    let mut steps = Steps::default();
     if let Some(after) = release.deprecate_after {
-        words.push(format!("deprecate the image after {}", days(after)));
-    }
-    match release.protection {
-        Protection::Off => {}
-        Protection::On => words.push("protect it from being deregistered".to_owned()),
-        Protection::Cooldown => words.push("protect it from being deregistered, and a day longer".to_owned()),
+        let missing = found.is_none_or(|image| image.deprecation_time().is_none());
+        let requests = steps.step(format!("deprecate the image after {}", days(after)));
+        requests.exactly(EnableImageDeprecation, missing.into());
     }
     if !release.share.is_empty() {
         let what = if release.share_snapshots { "it and its snapshots" } else { "it" };
         let with: Vec<String> = release.share.iter().map(ToString::to_string).collect();
-        words.push(format!("share {what} with {}", with.join(", ")));
+        share::plan(&sharing(job), steps.step(format!("share {what} with {}", with.join(", "))));
     }
-    words
+    let protect = match release.protection {
+        Protection::Off => None,
+        Protection::On => Some("protect it from being deregistered"),
+        Protection::Cooldown => Some("protect it from being deregistered, and a day longer"),
+    };
+    if let Some(protect) = protect {
+        let missing = found.is_none_or(|image| !is_protected(image));
+        steps.step(protect).exactly(EnableImageDeregistrationProtection, missing.into());
+    }
+    // The image is looked at once for all of them.
+    if let Some(first) = steps.first() {
+        first.at_least(DescribeImages, 1);
+    }
+    steps
+}
+
+fn is_protected(image: &Image) -> bool {
+    image.deregistration_protection().is_some_and(|word| word.starts_with("enabled"))
 }
 
 fn days(time: Duration) -> String {
@@ -51,7 +79,7 @@ pub(super) fn sharing(job: &Job<'_>) -> Sharing {
 
 /// Does all of it. Nothing if there is nothing to do.
 pub(super) async fn finish(job: &Job<'_>, id: &str) -> Result<(), Error> {
-    if plan_in_words(job).is_empty() {
+    if steps(job, None).is_empty() {
         return Ok(());
     }
     let work = Box::pin(each(job, id));
@@ -94,7 +122,7 @@ async fn deprecate(job: &Job<'_>, found: &Image, after: Duration) -> Result<(), 
 }
 
 async fn protect(job: &Job<'_>, found: &Image, id: &str) -> Result<(), Error> {
-    if found.deregistration_protection().is_some_and(|word| word.starts_with("enabled")) {
+    if is_protected(found) {
         return Ok(());
     }
     let cooldown = job.request.release.protection == Protection::Cooldown;

@@ -8,8 +8,9 @@ use aws_sdk_ec2::types::{Filter, Image, ImageState, ImportSnapshotTask, Snapshot
 
 use super::failure::Failure;
 use super::import::{self, State};
+use super::plan::Steps;
 use super::regions::Source;
-use super::{Job, Via, image, rules};
+use super::{Job, Via, image, rules, upload};
 use crate::error::Error;
 
 /// What is there already.
@@ -44,14 +45,35 @@ pub(super) async fn look(job: &Job<'_>) -> Result<Found, Error> {
     Ok(task.unwrap_or(Found::Nothing))
 }
 
-/// What was found, in words for a dry run; none if it is nothing.
-pub(super) fn in_words(found: &Found) -> Option<String> {
-    match found {
-        Found::Image(super::Image { id, name, .. }) => Some(format!("make nothing: image {id} (`{name}`) is the same")),
-        Found::Snapshot { id } => Some(format!("use snapshot {id}, which has the disk")),
-        Found::Task { id, .. } => Some(format!("wait for import task {id}, which imports the disk")),
-        Found::Nothing => None,
+impl Found {
+    /// The snapshot with the disk, if it is there.
+    pub(super) fn snapshot(&self) -> Option<&str> {
+        match self {
+            Self::Image(super::Image { snapshot, .. }) => Some(snapshot),
+            Self::Snapshot { id } => Some(id),
+            Self::Task { .. } | Self::Nothing => None,
+        }
     }
+}
+
+/// What would be done with what was found, until its snapshot is there.
+pub(super) async fn plan(job: &Job<'_>, found: &Found, steps: &mut Steps) -> Result<(), Error> {
+    match found {
+        Found::Nothing => {}
+        Found::Image(super::Image { id, name, .. }) => {
+            image::plan_wait(steps.step(format!("make nothing: image {id} (`{name}`) is the same")));
+        }
+        Found::Snapshot { id } => {
+            steps.step(format!("use snapshot {id}, which has the disk"));
+        }
+        Found::Task { id, key } => {
+            import::plan_adopt(steps.step(format!("wait for import task {id}, which imports the disk")));
+            if let Some(key) = key {
+                upload::plan_delete_imported(job, key, steps).await?;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn tagged(key: &str, value: &str) -> Filter {

@@ -9,8 +9,10 @@ use aws_sdk_ec2::types::{
 };
 use tokio::time::Instant;
 
+use super::action::Action::{DescribeImages, RegisterImage};
 use super::client::Clients;
 use super::failure::{Failure, duplicate_name, tidy};
+use super::plan::{Requests, Steps};
 use super::retry::{Try, ec2_once};
 use super::undo::{Made, Undo};
 use super::{Architecture, BootMode, Job, Request, import, rules};
@@ -24,7 +26,22 @@ pub(super) fn begins(job: &Job<'_>) -> String {
     format!("image `{}` in {}", job.target.image_name, job.target.region)
 }
 
-pub(super) fn plan_in_words(job: &Job<'_>) -> String {
+/// What [`register`] would do under the image's own name.
+pub(super) fn plan(job: &Job<'_>, steps: &mut Steps) {
+    plan_register(steps.step(in_words(job)));
+}
+
+/// What [`register`] would do.
+pub(super) fn plan_register(requests: &mut Requests) {
+    requests.exactly(RegisterImage, 1).at_least(DescribeImages, 1);
+}
+
+/// What [`until_available`] would do.
+pub(super) fn plan_wait(requests: &mut Requests) {
+    requests.at_least(DescribeImages, 1);
+}
+
+fn in_words(job: &Job<'_>) -> String {
     let request = job.request;
     let has = [
         (request.ena, "ENA"),

@@ -8,12 +8,14 @@ use aws_sdk_ec2::types::{
 };
 use tokio::time::Instant;
 
+use super::action::Action::{CreateTags, DescribeImportSnapshotTasks, ImportSnapshot};
 use super::client::Clients;
 use super::failure::{Failure, no_role, tidy};
 use super::found::{self, Found};
+use super::plan::{Requests, Way};
 use super::retry::{ec2_once, until_known};
 use super::undo::{Made, Undo};
-use super::{Job, ObjectEncryption, rules};
+use super::{Job, ObjectEncryption, ebs, rules};
 use crate::error::{Error, Exit};
 use crate::event::Event;
 use crate::recipe::DiskFormat;
@@ -57,16 +59,28 @@ pub(super) fn begins(job: &Job<'_>) -> String {
     )
 }
 
-pub(super) fn plan_in_words(job: &Job<'_>) -> String {
+/// What [`import`] would do, and the tags of the snapshot.
+pub(super) async fn plan(job: &Job<'_>, way: &mut Way) -> Result<(), Error> {
     let target = &job.target;
-    format!(
+    let _ = job.stop.or("other imports of this disk", found::task(job)).await?;
+    let requests = way.steps.step(format!(
         "import s3://{}/{} into a snapshot in {} by the role {}{}",
         target.bucket,
         target.key,
         target.region,
         target.role,
         rules::encryption_in_words(job.request, &target.region)
-    )
+    ));
+    requests.extend(&job.clients.asked()).exactly(ImportSnapshot, 1).at_least(DescribeImportSnapshotTasks, 1);
+    requests.exactly(CreateTags, 1);
+    // AWS doesn't say what it makes of the rest.
+    way.cost.snapshot_bytes += ebs::data(job);
+    Ok(())
+}
+
+/// What [`adopt`] would do.
+pub(super) fn plan_adopt(requests: &mut Requests) {
+    requests.at_least(DescribeImportSnapshotTasks, 1).exactly(CreateTags, 1);
 }
 
 /// Imports the object and waits for its snapshot, unless another host has begun to while it was uploaded.

@@ -5,6 +5,7 @@
 //! What is made is written into `undo::Undo` *before* the request is sent, so that a failure, a signal or a lost answer
 //! at any point finds it again and takes it back.
 
+mod action;
 mod check;
 mod client;
 mod codes;
@@ -23,6 +24,7 @@ mod only;
 mod parameter;
 mod parts;
 mod place;
+mod plan;
 mod policy;
 mod preflight;
 mod regions;
@@ -59,6 +61,7 @@ use journal::Journal;
 pub(crate) use journal::is_journal;
 pub use only::{UploadedObject, upload_only};
 use place::Place;
+pub use plan::{Action, Billed, Bound, Cost, Count, Object, Plan, Requests, Step, Steps, Transfer, Way};
 use preflight::Before;
 pub use regions::{Ended, How};
 use regions::{Home, Original, Regions, Source};
@@ -212,9 +215,9 @@ pub struct Published {
     pub boot_mode: BootMode,
     /// The size of its root volume in GiB.
     pub size_gib: u64,
-    /// Nothing was made: the request only asked what would be. Left out where something was.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub dry_run: bool,
+    /// What would be done, if that is all that was asked for.
+    #[serde(flatten)]
+    pub plan: Option<Plan>,
 }
 
 /// Where it goes, once region, bucket and names are settled.
@@ -308,8 +311,8 @@ async fn image_in(job: &Job<'_>, regions: &Regions<'_>) -> Result<Published, Err
     let before = before?;
     looked?;
     if job.request.dry_run {
-        preflight::explain(job, &before).await?;
-        return Ok(job.published(Image::default()));
+        let plan = Some(Box::pin(preflight::plan(job, &before)).await?);
+        return Ok(Published { plan, ..job.published(Image::default()) });
     }
     // The journal is held until all is done or taken back, so that no other kiln goes on with what this one deletes.
     let (mut undo, mut journal) = (Undo::default(), None);
@@ -540,7 +543,7 @@ impl<'a> Job<'a> {
             architecture: request.arch,
             boot_mode: rules::boot_mode(request),
             size_gib: request.size,
-            dry_run: request.dry_run,
+            plan: None,
         }
     }
 

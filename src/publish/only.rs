@@ -2,7 +2,9 @@
 
 use serde::Serialize;
 
+use super::action::Action::HeadObject;
 use super::client::with_runtime;
+use super::plan::{Plan, Way};
 use super::regions::{self, Source};
 use super::stop::Stop;
 use super::undo::Undo;
@@ -30,9 +32,9 @@ pub struct UploadedObject {
     pub digest: String,
     /// `raw` or `vmdk`.
     pub format: &'static str,
-    /// Nothing was sent: the request only asked what would be. Left out where something was.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub dry_run: bool,
+    /// What would be done, if that is all that was asked for.
+    #[serde(flatten)]
+    pub plan: Option<Plan>,
 }
 
 /// Uploads the disk, or finds it uploaded.
@@ -57,16 +59,26 @@ pub fn upload_only(request: &Request, events: &Events, cancel: &Cancel) -> Resul
 
 async fn upload_or_undo(job: &Job<'_>) -> Result<UploadedObject, Error> {
     let begins = format!("credentials and the bucket `{}` in {}", job.target.bucket, job.target.region);
-    job.phase("check", begins, |()| String::new(), Box::pin(preflight::check_bucket(job))).await?;
+    job.phase("check", begins.clone(), |()| String::new(), Box::pin(preflight::check_bucket(job))).await?;
     if job.request.dry_run {
-        job.events.note(format!("would {}", Box::pin(upload::plan_in_words(job)).await?));
-        return Ok(uploaded(job, 0));
+        let plan = Some(Box::pin(plan(job, begins)).await?);
+        return Ok(UploadedObject { plan, ..uploaded(job, 0) });
     }
     let mut undo = Undo::default();
     match Box::pin(until_there(job, &mut undo)).await {
         Ok(size) => Ok(uploaded(job, size)),
         Err(error) => Err(undo.run(job, error).await.0),
     }
+}
+
+/// What would be done, which is told as well.
+async fn plan(job: &Job<'_>, begins: String) -> Result<Plan, Error> {
+    let mut way = Way::default();
+    way.steps.step(format!("look at {begins}")).extend(&job.clients.asked());
+    Box::pin(upload::plan(job, &mut way)).await?;
+    preflight::tell(job, way.steps.each().skip(1));
+    way.steps.step("look how long the object is").exactly(HeadObject, 1);
+    Ok(Plan { way, otherwise: None })
 }
 
 /// How long the object is.
@@ -99,6 +111,6 @@ fn uploaded(job: &Job<'_>, size: u64) -> UploadedObject {
         size,
         digest: job.request.digest.clone(),
         format: job.request.object.format.as_str(),
-        dry_run: job.request.dry_run,
+        plan: None,
     }
 }

@@ -9,9 +9,11 @@ use aws_sdk_ec2::types::Tag;
 use aws_sdk_ssm::types::ParameterType;
 use tokio::time::Instant;
 
+use super::action::Action::{CreateTags, GetParameter, PutParameter};
 use super::client::Clients;
 use super::failure::Failure;
 use super::place::Place;
+use super::plan::Steps;
 use super::{Job, import};
 use crate::error::{Error, Exit};
 
@@ -45,6 +47,19 @@ pub(super) async fn set(job: &Job<'_>, name: &str, image: &str) -> Result<(), Er
             )));
         }
         job.stop.pause("the parameter", job.request.poll.min(std::time::Duration::from_secs(3))).await?;
+    }
+    Ok(())
+}
+
+/// What [`set`] would do for an image that is there; none: for a new one.
+pub(super) async fn plan(job: &Job<'_>, name: &str, image: Option<&str>, steps: &mut Steps) -> Result<(), Error> {
+    let named = image.is_some() && value(job, name).await?.as_deref() == image;
+    let _ = job.clients.asked();
+    let requests = steps.step(format!("name the image in the SSM parameter {name} of {}", job.target.region));
+    if named {
+        requests.exactly(GetParameter, 1);
+    } else {
+        requests.exactly(CreateTags, 1).exactly(PutParameter, 1).at_least(GetParameter, 2);
     }
     Ok(())
 }

@@ -2,15 +2,16 @@
 
 use std::path::Path;
 
+use super::action::Action::{GetBucketLocation, HeadBucket, ImportSnapshot};
 use super::client::Clients;
 use super::failure::{self, Failure, Kind};
 use super::found::{self, Found};
+use super::plan::{Count, Plan, Step, Steps, Transfer, Way};
 use super::regions::Source;
 use super::replace::{self, Old};
 use super::share;
-use super::{Job, Via, ebs, finish, image, import, rules, upload};
+use super::{Job, Via, copy, ebs, finish, image, import, parameter, rules, upload};
 use crate::error::{Error, Exit};
-use crate::event::Event;
 use crate::units::GIB;
 
 /// What is there before anything is made.
@@ -64,46 +65,92 @@ pub(super) async fn check_bucket(job: &Job<'_>) -> Result<(), Error> {
     bucket_is_near(job).await
 }
 
-/// Says what would be done.
-pub(super) async fn explain(job: &Job<'_>, before: &Before) -> Result<(), Error> {
-    let would = |what: String| job.events.emit(Event::Note { message: format!("would {what}") });
+/// What would be done after this; it is told as well.
+pub(super) async fn plan(job: &Job<'_>, before: &Before) -> Result<Plan, Error> {
+    let mut way = Way::default();
+    way.steps.step(format!("look at {}", begins(job))).extend(&job.clients.asked());
+    let (mut otherwise, mut snapshot) = (None, None);
     match (&before.found, &job.source) {
         (Found::Nothing, Source::Copy(home)) => {
-            would(format!("copy the image of {} to {}", home.region, job.target.region));
+            copy::plan(way.steps.step(format!("copy the image of {} to {}", home.region, job.target.region)));
+            let bytes = ebs::data(job);
+            way.cost.snapshot_bytes = bytes;
+            way.cost.transfer = Some(Transfer { region: home.region.clone(), bytes });
         }
-        (Found::Nothing, Source::Disk(_)) => upload_in_words(job, would).await?,
-        (found, _) => found::in_words(found).into_iter().for_each(would),
+        (Found::Nothing, Source::Disk(_)) => otherwise = Box::pin(plan_snapshot(job, &mut way)).await?,
+        (found, _) => {
+            snapshot = found.snapshot();
+            Box::pin(found::plan(job, found, &mut way.steps)).await?;
+        }
     }
-    for old in &before.old {
-        would(format!("deregister {} of the same name, once the new image is available", old.id));
+    let rest = Box::pin(plan_image(job, before, snapshot)).await?;
+    tell(job, way.steps.each().skip(1));
+    if let Some(otherwise) = &mut otherwise {
+        job.events.note("would do this instead, if EBS direct is not permitted:");
+        tell(job, otherwise.steps.each().skip(1));
+        otherwise.steps.extend(rest.clone());
     }
-    if !matches!(before.found, Found::Image(_))
-        && !matches!((&before.found, &job.source), (Found::Nothing, Source::Copy(_)))
-    {
-        would(image::plan_in_words(job));
+    tell(job, rest.each());
+    way.steps.extend(rest);
+    Ok(Plan { way, otherwise })
+}
+
+/// Says what would be done.
+pub(super) fn tell<'a>(job: &Job<'_>, steps: impl Iterator<Item = &'a Step>) {
+    steps.for_each(|step| job.events.note(format!("would {}", step.what)));
+}
+
+/// From the disk to the snapshot; returned is the other way there, if there is one.
+async fn plan_snapshot(job: &Job<'_>, way: &mut Way) -> Result<Option<Way>, Error> {
+    let looks = way.clone();
+    if job.request.via == Via::S3 {
+        Box::pin(plan_through_bucket(job, way)).await?;
+        return Ok(None);
     }
-    finish::plan_in_words(job).into_iter().for_each(would);
-    if let Some(parameter) = &job.request.release.parameter {
-        would(format!("name the image in the SSM parameter {parameter} of {}", job.target.region));
+    let refused = Box::pin(ebs::plan(job, way)).await?;
+    match refused.filter(|_| job.request.via == Via::Auto && !job.target.bucket.is_empty()) {
+        None => Ok(None),
+        Some(refused) => {
+            let mut other = looks;
+            let requests = other.steps.step(format!("look at the bucket `{}`", job.target.bucket));
+            requests.extend(&refused).exactly(HeadBucket, 1).add(GetBucketLocation, Count::at_most(1));
+            requests.exactly(ImportSnapshot, 1);
+            Box::pin(plan_through_bucket(job, &mut other)).await?;
+            Ok(Some(other))
+        }
     }
+}
+
+async fn plan_through_bucket(job: &Job<'_>, way: &mut Way) -> Result<(), Error> {
+    let objects = Box::pin(upload::plan(job, way)).await?;
+    Box::pin(import::plan(job, way)).await?;
+    upload::plan_delete(job, objects, &mut way.steps);
     Ok(())
 }
 
-async fn upload_in_words(job: &Job<'_>, would: impl Fn(String)) -> Result<(), Error> {
-    if job.request.via != Via::S3 {
-        would(Box::pin(ebs::plan_in_words(job)).await?);
-    }
-    if job.request.via != Via::Ebs && !job.target.bucket.is_empty() {
-        if job.request.via == Via::Auto {
-            would("do this instead, if EBS direct is not permitted:".to_owned());
+/// From the snapshot to the image, and what it gets then.
+async fn plan_image(job: &Job<'_>, before: &Before, snapshot: Option<&str>) -> Result<Steps, Error> {
+    let mut steps = Steps::default();
+    let there = match (&before.found, &job.source) {
+        (Found::Image(image), _) => Some(image.id.as_str()),
+        (Found::Nothing, Source::Copy(_)) => {
+            let after = Box::pin(replace::plan_remove(job, snapshot, &before.old, &mut steps)).await?;
+            steps.extend(after);
+            None
         }
-        would(Box::pin(upload::plan_in_words(job)).await?);
-        would(import::plan_in_words(job));
-        if !job.request.object.keep {
-            would(format!("delete s3://{0}/{1} and s3://{0}/{1}.zeros", job.target.bucket, job.target.key));
+        _ => {
+            Box::pin(replace::plan(job, snapshot, &before.old, &mut steps)).await?;
+            None
         }
+    };
+    steps.extend(Box::pin(finish::plan(job, there)).await?);
+    if let Some(interim) = &before.interim {
+        replace::plan_remove_interim(interim, &mut steps);
     }
-    Ok(())
+    if let Some(name) = &job.request.release.parameter {
+        Box::pin(parameter::plan(job, name, there, &mut steps)).await?;
+    }
+    Ok(steps)
 }
 
 fn disk(path: &Path, size: u64) -> Result<(), Error> {

@@ -5,9 +5,11 @@
 //! the same snapshot, which takes seconds. Whoever is killed in between finds the interim image and goes on.
 //! `CopyImage` takes a name twice: there the old image goes when its successor is available.
 
-use aws_sdk_ec2::types::Image;
+use aws_sdk_ec2::types::{Image, Snapshot};
 
+use super::action::Action::{DeleteSnapshot, DeregisterImage, DescribeSnapshots};
 use super::failure::Failure;
+use super::plan::Steps;
 use super::undo::Undo;
 use super::{Job, found, image, rules};
 use crate::error::{Error, Exit};
@@ -51,6 +53,52 @@ pub(super) async fn register(job: &Job<'_>, snapshot: &str, old: &[Old], undo: &
         delete_snapshots(job, one, snapshot).await;
     }
     Ok(id)
+}
+
+/// What [`register`] would do, and before it [`image::register`] if no image has the name.
+pub(super) async fn plan(job: &Job<'_>, keep: Option<&str>, old: &[Old], steps: &mut Steps) -> Result<(), Error> {
+    if old.is_empty() {
+        image::plan(job, steps);
+        return Ok(());
+    }
+    let interim = interim_name(&job.target.image_name);
+    image::plan_register(steps.step(format!("register the new image as `{interim}` at first")));
+    let snapshots = plan_remove(job, keep, old, steps).await?;
+    image::plan(job, steps);
+    steps.step(format!("deregister the image `{interim}`")).exactly(DeregisterImage, 1);
+    steps.extend(snapshots);
+    Ok(())
+}
+
+/// What [`remove`] would do; what comes after all images are gone is returned.
+pub(super) async fn plan_remove(
+    job: &Job<'_>,
+    keep: Option<&str>,
+    old: &[Old],
+    steps: &mut Steps,
+) -> Result<Steps, Error> {
+    let mut after = Steps::default();
+    for one in old {
+        let words = format!("deregister {} of the same name, once the new image is available", one.id);
+        steps.step(words).exactly(DeregisterImage, 1);
+        for id in one.snapshots.iter().filter(|id| Some(id.as_str()) != keep) {
+            let found = job.stop.or("the old snapshot", found::snapshot(job, id)).await?;
+            let own = found.is_ok_and(|snapshot| is_own(&snapshot));
+            let words = if own { format!("delete its snapshot {id}") } else { format!("keep its snapshot {id}") };
+            after.step(words).exactly(DescribeSnapshots, 1).exactly(DeleteSnapshot, own.into());
+        }
+    }
+    let _ = job.clients.asked();
+    Ok(after)
+}
+
+fn is_own(snapshot: &Snapshot) -> bool {
+    found::tag(snapshot.tags(), rules::DIGEST_TAG).is_some()
+}
+
+/// What [`remove_interim`] would do.
+pub(super) fn plan_remove_interim(id: &str, steps: &mut Steps) {
+    steps.step(format!("deregister {id}, which an earlier publish has left")).exactly(DeregisterImage, 1);
 }
 
 /// Takes old images away that have a successor of their name.
@@ -112,7 +160,7 @@ async fn delete_snapshot(job: &Job<'_>, id: &str) -> Result<(), String> {
         Err(failure) if failure.is_not_found() => return Ok(()),
         answer => answer.map_err(said)?,
     };
-    if found::tag(snapshot.tags(), rules::DIGEST_TAG).is_none() {
+    if !is_own(&snapshot) {
         return Err("kiln has not made it".to_owned());
     }
     let call = job.clients.ec2.delete_snapshot().snapshot_id(id).send();

@@ -2,6 +2,7 @@
 //! Those that S3 has already, from a run before, are not sent.
 
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -119,6 +120,23 @@ pub(super) async fn all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Sending, 
         job.events.detail("the endpoint doesn't confirm SHA-256 checksums; it was asked to check them");
     }
     Ok(Sending::Done(sent))
+}
+
+/// How many of the parts would be sent, and how many copied from zeros, if that is possible; each with its bytes. Only what
+/// S3 has `stored` is read.
+pub(super) fn plan(parts: &Parts, file: &File, stored: &StoredParts, copies: bool) -> io::Result<[(u64, u64); 2]> {
+    let [mut sent, mut copied] = [(0, 0); 2];
+    for part in &parts.all {
+        let there = stored.get(&part.number).filter(|stored| stored.size == part.length);
+        if let Some(there) = there
+            && there.sha256 == parts::base64(&parts.digest(file, *part)?)
+        {
+            continue;
+        }
+        let how = if copies && part.zeros { &mut copied } else { &mut sent };
+        *how = (how.0 + 1, how.1 + part.length);
+    }
+    Ok([sent, copied])
 }
 
 /// How far the upload is, in bytes that are sent; what is copied or there already costs nothing.

@@ -11,8 +11,10 @@ use aws_sdk_ec2::types::{
     LaunchPermissionModifications, ManagedBy, PermissionGroup, SnapshotAttributeName, SnapshotBlockPublicAccessState,
 };
 
+use super::action::Action::{ModifyImageAttribute, ModifySnapshotAttribute};
 use super::failure::Failure;
 use super::place::Place;
+use super::plan::Requests;
 use super::rules;
 use crate::error::{Error, Exit};
 use crate::recipe::Grantee;
@@ -130,6 +132,12 @@ pub(super) async fn apply(place: &Place, id: &str, snapshots: &[String], sharing
         }
     }
     Ok(())
+}
+
+/// What [`apply`] would do with an image of one snapshot.
+pub(super) fn plan(sharing: &Sharing, requests: &mut Requests) {
+    let snapshots = if sharing.snapshots { sharing.with.len().div_ceil(AT_ONCE) as u64 } else { 0 };
+    requests.exactly(ModifyImageAttribute, 1).exactly(ModifySnapshotAttribute, snapshots);
 }
 
 fn launch_permission(grantee: &Grantee) -> LaunchPermission {

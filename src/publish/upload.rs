@@ -13,10 +13,15 @@ use aws_sdk_s3::types::{ChecksumAlgorithm, ChecksumType, CompletedMultipartUploa
 use tokio::task::JoinError;
 
 use super::Job;
+use super::action::Action::{
+    AbortMultipartUpload, CompleteMultipartUpload, CreateMultipartUpload, DeleteObject, DescribeImportSnapshotTasks,
+    HeadObject, ListParts, PutObject, UploadPart, UploadPartCopy,
+};
 use super::failure::Failure;
 use super::lock::{Busy, Lock};
-use super::object::{self, Object};
+use super::object::{self, Object, StoredParts};
 use super::parts::{self, Digest, Parts};
+use super::plan::{self, Count, Requests, Steps, Way};
 use super::retry::{Try, s3_once};
 use super::send::{self, How, Line, Sender, Sending, Sent};
 use super::undo::{Made, Undo};
@@ -58,20 +63,89 @@ pub(super) fn begins(job: &Job<'_>) -> String {
     format!("{size} to s3://{}/{}", job.target.bucket, job.target.key)
 }
 
-pub(super) async fn plan_in_words(job: &Job<'_>) -> Result<String, Error> {
+/// What [`upload`] would do, from what it would look at. Returned is how many objects [`delete`] would find.
+pub(super) async fn plan(job: &Job<'_>, way: &mut Way) -> Result<u64, Error> {
     let disk = Disk::open(job)?;
-    if let Existing::Whole(_) = Box::pin(existing(job, &disk)).await? {
-        return Ok(format!("use s3://{}/{}, which is the disk", job.target.bucket, job.target.key));
+    let existing = Box::pin(existing(job, &disk)).await?;
+    let left = Box::pin(object::left(job)).await?;
+    if let Existing::Whole(object) = existing {
+        let aborted = left.ids().count() as u64;
+        let zeros = matches!(disk.form, Form::Raw(_)) && Box::pin(zeros::are_left(job)).await?;
+        let requests = way.steps.step(format!("use s3://{}/{}, which is the disk", job.target.bucket, job.target.key));
+        requests.extend(&job.clients.asked()).exactly(DeleteObject, zeros.into());
+        plan_aborts(requests, aborted);
+        let stays = object.is_kept || job.request.object.keep;
+        way.cost.object = Some(plan::Object { bytes: Count::exactly(object.size()), stays });
+        return Ok((!stays).into());
     }
-    let left = object::left(job).await?.begun;
-    let there = left.map(|(_, there)| format!("; {} parts were there", there.len())).unwrap_or_default();
-    Ok(match &disk.form {
+    let others = left.others.len() as u64;
+    let (begun, stored) = left.begun.unzip();
+    let size = job.request.size * GIB;
+    let there = stored.as_ref().map(|stored| format!("; {} parts were there", stored.len())).unwrap_or_default();
+    let (zeros, [sent, copied], words, bytes) = match &disk.form {
         Form::Raw(parts) => {
-            let (all, data) = (parts.all.len(), Size(parts.data()));
-            format!("upload {} in {all} parts ({data} in parts with data{there})", begins(job))
+            let zeros = Box::pin(zeros::plan(job, parts, stored.as_ref())).await?;
+            let amounts = disk.amounts(job, parts, stored.unwrap_or_default(), zeros.serve).await?;
+            let data = Size(parts.data());
+            let from = format!(", zeros from s3://{}, which is deleted then", zeros::place(job));
+            let from = if zeros.serve { from.as_str() } else { "" };
+            let words = format!("in {} parts ({data} in parts with data{there}){from}", parts.all.len());
+            (zeros, amounts.map(|(count, bytes)| [count, bytes].map(Count::exactly)), words, Count::exactly(size))
         }
-        Form::Vmdk => format!("upload {}, compressed (VMDK{there})", begins(job)),
-    })
+        Form::Vmdk => {
+            let (parts, bytes) = Box::pin(vmdk::most(job)).await?;
+            let sent = [parts, bytes].map(Count::at_most);
+            (zeros::Plan::default(), [sent, Default::default()], format!("compressed (VMDK{there})"), sent[1])
+        }
+    };
+    let requests = way.steps.step(match disk.form {
+        Form::Raw(_) => format!("upload {} {words}", begins(job)),
+        Form::Vmdk => format!("upload {}, {words}", begins(job)),
+    });
+    requests.extend(&job.clients.asked()).exactly(PutObject, zeros.put.is_some().into());
+    requests.exactly(CreateMultipartUpload, begun.is_none().into());
+    requests.add(UploadPart, sent[0]).add(UploadPartCopy, copied[0]).exactly(CompleteMultipartUpload, 1);
+    plan_aborts(requests.exactly(DeleteObject, zeros.deleted), others);
+    way.cost.bytes_sent += sent[1];
+    way.cost.bytes_sent += Count::exactly(zeros.put.unwrap_or_default());
+    way.cost.bytes_copied_in_s3 += copied[1];
+    let stays = job.request.object.keep;
+    way.cost.object = Some(plan::Object { bytes, stays });
+    // What is overwritten where versions are kept is below the new one.
+    let below = matches!(existing, Existing::Stale(object) if object.version.is_some());
+    Ok(if stays { 0 } else { 1 + u64::from(below) })
+}
+
+/// Of so many uploads. Parts that arrive after the end are looked for.
+fn plan_aborts(requests: &mut Requests, uploads: u64) {
+    if uploads > 0 {
+        requests.at_least(AbortMultipartUpload, uploads).at_least(ListParts, uploads);
+    }
+}
+
+/// What [`delete`] would do of so many objects.
+pub(super) fn plan_delete(job: &Job<'_>, objects: u64, steps: &mut Steps) {
+    if objects > 0 {
+        let requests = steps.step(format!("delete s3://{}/{}", job.target.bucket, job.target.key));
+        requests.at_least(DescribeImportSnapshotTasks, objects).exactly(DeleteObject, objects);
+    }
+}
+
+/// What [`delete_imported`] would do.
+pub(super) async fn plan_delete_imported(job: &Job<'_>, key: &str, steps: &mut Steps) -> Result<(), Error> {
+    let found = job.stop.or("the imported object", Box::pin(object::look(job, key))).await?;
+    let _ = job.clients.asked();
+    let is_kept = matches!(&found, Ok(Some(object)) if object.is_kept);
+    if is_kept || job.request.object.keep {
+        steps.step(format!("keep s3://{}/{key}", job.target.bucket)).exactly(HeadObject, 1);
+        return Ok(());
+    }
+    // One that is not there is looked for several times.
+    let looks = if matches!(found, Ok(None)) { Count::at_least(2) } else { Count::exactly(2) };
+    let requests = steps.step(format!("delete s3://{}/{key}", job.target.bucket));
+    requests.add(HeadObject, looks).exactly(DeleteObject, (!matches!(found, Ok(None))).into());
+    requests.at_least(DescribeImportSnapshotTasks, (*key == job.target.key).into());
+    Ok(())
 }
 
 /// What is uploaded.
@@ -96,6 +170,20 @@ impl Disk {
             DiskFormat::Vmdk => Form::Vmdk,
         };
         Ok(Self { file: Arc::new(file), form, before })
+    }
+
+    /// How many parts would be sent, and how many copied, each with its bytes.
+    async fn amounts(
+        &self,
+        job: &Job<'_>,
+        parts: &Arc<Parts>,
+        stored: StoredParts,
+        copies: bool,
+    ) -> Result<[(u64, u64); 2], Error> {
+        let (file, parts) = (Arc::clone(&self.file), Arc::clone(parts));
+        let all = move || send::plan(&parts, &file, &stored, copies);
+        let amounts = job.stop.or("what is to be sent", tokio::task::spawn_blocking(all)).await?;
+        amounts.map_err(|error| Lost::Bug(error).into_error(job))?.map_err(unreadable(job))
     }
 
     /// How long an object of the disk is, and what S3 says of its parts' SHA-256.

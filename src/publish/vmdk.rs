@@ -59,6 +59,25 @@ pub(super) async fn checksum(job: &Job<'_>) -> Result<(u64, String), Error> {
     made.map_err(|error| Lost::Bug(error).into_error(job))?.map_err(|error| failed(&error))
 }
 
+/// How many parts the stream can have, and how many bytes. How many it has, only making it tells.
+pub(super) async fn most(job: &Job<'_>) -> Result<(u64, u64), Error> {
+    let path = job.request.disk.clone();
+    let most = move || Image::raw(&path).and_then(|image| disk::longest_vmdk(&image));
+    let most = job.stop.or("the length of the VMDK", tokio::task::spawn_blocking(most)).await?;
+    let most = most.map_err(|error| Lost::Bug(error).into_error(job))?.map_err(|error| failed(&error))?;
+    Ok((parts_of(most), most))
+}
+
+/// How many parts so many bytes are.
+fn parts_of(bytes: u64) -> u64 {
+    let (mut parts, mut left, mut before) = (0, bytes, 0);
+    for (last, mib) in LENGTHS {
+        let some = left.div_ceil(mib * MIB).min(u64::from((last - before).unsigned_abs()));
+        (parts, left, before) = (parts + some, left.saturating_sub(some * mib * MIB), last);
+    }
+    parts
+}
+
 /// Makes the stream and sends what S3 doesn't have of it.
 pub(super) async fn send(job: &Job<'_>, line: &Arc<Line>) -> Result<Sending, Error> {
     let (give, mut pieces) = mpsc::channel(1);
@@ -272,5 +291,9 @@ mod tests {
         assert_eq!(lengths.len(), 10_000);
         assert_eq!(lengths.iter().sum::<u64>(), LARGEST);
         assert!(lengths.is_sorted());
+        let bytes = |parts| lengths[..parts].iter().sum::<u64>();
+        for parts in [1, 2999, 3000, 3001, 6000, 6001, 10_000] {
+            assert_eq!([bytes(parts) - 1, bytes(parts)].map(parts_of), [parts as u64; 2]);
+        }
     }
 }

@@ -43,10 +43,7 @@ pub(super) async fn make(
     parts: &Parts,
     stored: Option<&StoredParts>,
 ) -> Result<Option<Zeros>, Error> {
-    let has = |part: &Part| stored.is_some_and(|stored| stored.contains_key(&part.number));
-    let missing = parts.zeros().filter(|part| !has(part)).count();
-    let longest = parts.longest_zeros().filter(|_| missing >= FEW);
-    let Some((longest, digest)) = longest.and_then(|part| Some((part, parts.digest_of_zeros(part)?))) else {
+    let Some((longest, digest)) = needed(parts, stored) else {
         if stored.is_some() {
             let _ = take_over(job, undo).await?;
         }
@@ -79,6 +76,55 @@ pub(super) async fn make(
         }
     }
     Ok(Some(zeros))
+}
+
+/// The zeros that are kept in S3, with their digest, if enough of their copies are missing in what S3 has `stored`.
+fn needed(parts: &Parts, stored: Option<&StoredParts>) -> Option<(Part, Digest)> {
+    let missing = parts.zeros().filter(|part| !stored.is_some_and(|stored| stored.contains_key(&part.number)));
+    let longest = parts.longest_zeros()?;
+    (missing.count() >= FEW).then_some((longest, parts.digest_of_zeros(longest)?))
+}
+
+/// What [`make`] would do.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Plan {
+    /// Parts are copied.
+    pub(super) serve: bool,
+    /// How many bytes are sent for that; none: nothing.
+    pub(super) put: Option<u64>,
+    /// How many objects there are to delete afterwards: what is there, and what is made.
+    pub(super) deleted: u64,
+}
+
+/// Looks as [`make`] does.
+pub(super) async fn plan(job: &Job<'_>, parts: &Parts, stored: Option<&StoredParts>) -> Result<Plan, Error> {
+    let longest = needed(parts, stored);
+    if longest.is_none() && stored.is_none() {
+        return Ok(Plan::default());
+    }
+    let there = job.stop.or("the zeros", Box::pin(object::look(job, &key(job)))).await?;
+    Ok(match (longest, there) {
+        (Some((longest, _)), Ok(None)) => Plan { serve: true, put: Some(longest.length), deleted: 1 },
+        (Some((longest, digest)), Ok(Some(there))) if there.is_of_disk(job) => {
+            let whole = there.is(longest.length, &parts::base64(&digest));
+            Plan { serve: true, put: (!whole).then_some(longest.length), deleted: 1 + u64::from(!whole) }
+        }
+        (_, there) => Plan { deleted: u64::from(is_own(job, &there)), ..Plan::default() },
+    })
+}
+
+/// Whether zeros are there that [`take_over`] would delete.
+pub(super) async fn are_left(job: &Job<'_>) -> Result<bool, Error> {
+    Ok(is_own(job, &job.stop.or("the zeros", Box::pin(object::look(job, &key(job)))).await?))
+}
+
+fn is_own(job: &Job<'_>, found: &Result<Option<Object>, Failure>) -> bool {
+    found.as_ref().is_ok_and(|there| there.as_ref().is_some_and(|there| there.is_of_disk(job)))
+}
+
+/// Where the zeros are, for words: bucket and key.
+pub(super) fn place(job: &Job<'_>) -> String {
+    format!("{}/{}", job.target.bucket, key(job))
 }
 
 fn key(job: &Job<'_>) -> String {

@@ -10,6 +10,7 @@ mod made;
 mod memory;
 mod object;
 mod places;
+mod plan;
 mod refused;
 mod regions;
 mod release;
