@@ -6,8 +6,6 @@ use sha2::{Digest as _, Sha256};
 use super::share::Sharing;
 use super::{Architecture, BootMode, DEFAULT_ROLE, ObjectEncryption, Request, Target, Undated, Via};
 use crate::error::{Error, Exit};
-#[cfg(test)]
-use crate::recipe::Release;
 use crate::recipe::Sse;
 use crate::recipe::aws::{self, Refusal};
 use crate::recipe::volume::{self, VolumeKind};
@@ -304,53 +302,10 @@ fn input(message: impl Into<String>) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-    use std::path::PathBuf;
-    use std::time::Duration;
-
     use super::super::ObjectOptions;
+    use super::super::request::example as request;
     use super::*;
     use crate::recipe::{DiskFormat, Volume, VolumeType};
-
-    fn request() -> Request {
-        Request {
-            disk: PathBuf::from("disk.raw"),
-            size: 4,
-            digest: "0123456789abcdef0123456789abcdef".to_owned(),
-            name: "web".to_owned(),
-            image_name: "web-2026".to_owned(),
-            name_varies: false,
-            description: String::new(),
-            arch: Architecture::X86_64,
-            regions: Vec::new(),
-            bucket: Some("images".to_owned()),
-            prefix: "kiln/".to_owned(),
-            boot_mode: BootMode::UefiPreferred,
-            imds_v2: true,
-            root_device: "/dev/xvda".to_owned(),
-            root: Ebs::default(),
-            volumes: Vec::new(),
-            tpm: false,
-            uefi_data: None,
-            sriov: false,
-            ena: true,
-            encryption: None,
-            tags: BTreeMap::new(),
-            snapshot_tags: BTreeMap::new(),
-            undated: Undated::default(),
-            role: None,
-            parallel: 4,
-            poll: Duration::from_secs(15),
-            dry_run: false,
-            timeout: Duration::from_hours(1),
-            via: Via::S3,
-            block_map: PathBuf::from("blocks"),
-            store: None,
-            release: Release::default(),
-            force: false,
-            object: ObjectOptions::default(),
-        }
-    }
 
     fn refused(change: impl FnOnce(&mut Request)) -> String {
         let mut request = request();
