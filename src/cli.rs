@@ -331,7 +331,7 @@ pub struct Publish {
     /// Only read, and say what would be done
     #[arg(long)]
     pub dry_run: bool,
-    /// Only check region, bucket, role and permissions
+    /// Only check region, bucket, role, permissions and quotas
     #[arg(long, conflicts_with = "dry_run")]
     pub check: bool,
     /// Print the IAM policy that this publish needs, and ask AWS nothing

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::failure::Failure;
 use super::regions::Source;
-use super::{Job, Via, image, import, preflight, rules};
+use super::{Job, Via, image, import, preflight, quotas, rules};
 use crate::error::Error;
 
 /// How one check ended.
@@ -71,6 +71,7 @@ pub(super) async fn check(job: &Job<'_>) -> Result<Vec<Checked>, Error> {
     for (call, answer) in dry_runs(job, sends).await? {
         note(call, permitted(job, answer));
     }
+    all.extend(Box::pin(quotas::check(job)).await?);
     Ok(all)
 }
 

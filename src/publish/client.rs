@@ -42,6 +42,7 @@ pub(super) struct Clients {
     pub(super) ec2: aws_sdk_ec2::Client,
     pub(super) ebs: aws_sdk_ebs::Client,
     pub(super) ssm: aws_sdk_ssm::Client,
+    pub(super) quotas: aws_sdk_servicequotas::Client,
     region: String,
     config: SdkConfig,
     attempts: u32,
@@ -49,6 +50,7 @@ pub(super) struct Clients {
     ec2_url: LastUrl,
     ebs_url: LastUrl,
     ssm_url: LastUrl,
+    quotas_url: LastUrl,
 }
 
 impl Clients {
@@ -72,7 +74,7 @@ impl Clients {
     }
 
     fn new(config: SdkConfig, attempts: u32) -> Self {
-        let [s3_url, ec2_url, ebs_url, ssm_url] = [(); 4].map(|()| LastUrl::default());
+        let [s3_url, ec2_url, ebs_url, ssm_url, quotas_url] = [(); 5].map(|()| LastUrl::default());
         let s3 = aws_sdk_s3::config::Builder::from(&config)
             .endpoint_resolver(PathStyle(DefaultResolver::new()))
             .interceptor(s3_url.clone())
@@ -80,11 +82,13 @@ impl Clients {
         let ec2 = aws_sdk_ec2::config::Builder::from(&config).interceptor(ec2_url.clone()).build();
         let ebs = aws_sdk_ebs::config::Builder::from(&config).interceptor(ebs_url.clone()).build();
         let ssm = aws_sdk_ssm::config::Builder::from(&config).interceptor(ssm_url.clone()).build();
+        let quotas = aws_sdk_servicequotas::config::Builder::from(&config).interceptor(quotas_url.clone()).build();
         Self {
             s3: aws_sdk_s3::Client::from_conf(s3),
             ec2: aws_sdk_ec2::Client::from_conf(ec2),
             ebs: aws_sdk_ebs::Client::from_conf(ebs),
             ssm: aws_sdk_ssm::Client::from_conf(ssm),
+            quotas: aws_sdk_servicequotas::Client::from_conf(quotas),
             region: config.region().map(ToString::to_string).unwrap_or_default(),
             config,
             attempts,
@@ -92,6 +96,7 @@ impl Clients {
             ec2_url,
             ebs_url,
             ssm_url,
+            quotas_url,
         }
     }
 
@@ -114,6 +119,7 @@ impl Clients {
             Some("s3") => &self.s3_url,
             Some("ebs") => &self.ebs_url,
             Some("ssm") => &self.ssm_url,
+            Some("servicequotas") => &self.quotas_url,
             _ => &self.ec2_url,
         };
         let url = url.clone();

@@ -25,6 +25,7 @@ mod parts;
 mod place;
 mod policy;
 mod preflight;
+mod quotas;
 mod regions;
 mod replace;
 mod request;

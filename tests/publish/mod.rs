@@ -10,6 +10,7 @@ mod made;
 mod memory;
 mod object;
 mod places;
+mod quotas;
 mod refused;
 mod regions;
 mod release;

@@ -87,6 +87,7 @@ impl Aws {
         self.control("POST", "images", Some(&json!({})));
         self.control("POST", "snapshots", Some(&json!({})));
         self.control("POST", "copies", Some(&json!({})));
+        self.control("POST", "quotas", Some(&json!({})));
     }
 
     /// Forgets everything that was ever made, faults, scripts and the log too; buckets and roles stay.
