@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use super::parent::Parents;
 use crate::recipe::{BootMode, DiskFormat, Ebs, Encryption, Release, Via, Volume};
 use crate::store::Store;
 
@@ -117,6 +118,10 @@ pub struct Request {
     pub force: bool,
     /// The object that the disk goes through.
     pub object: ObjectOptions,
+    /// What snapshots are built on that are written block by block.
+    pub parents: Parents,
+    /// Holes are left out of those also where they are encrypted, and read as noise there.
+    pub omit_holes: bool,
 }
 
 /// Texts whose `{date}` and `{time}` are not filled in: the same disk published again makes no other image for those.
@@ -169,5 +174,7 @@ pub(super) fn example() -> Request {
         release: Release::default(),
         force: false,
         object: ObjectOptions::default(),
+        parents: Parents::default(),
+        omit_holes: false,
     }
 }
