@@ -319,6 +319,9 @@ pub struct Publish {
     /// KMS key to encrypt them with, everywhere or in one region: an ARN, or unless by EBS direct an id or alias
     #[arg(long, value_name = "[REGION=]KEY")]
     pub kms_key: Vec<String>,
+    /// How it is written block by block.
+    #[command(flatten)]
+    pub direct: Direct,
     /// How it goes through a bucket.
     #[command(flatten)]
     pub object: Object,
@@ -331,7 +334,7 @@ pub struct Publish {
     /// Only read, and print the requests that would be made, with what they need and cost by
     #[arg(long)]
     pub dry_run: bool,
-    /// Only check region, bucket, role and permissions
+    /// Only check region, bucket, role, permissions and quotas
     #[arg(long, conflicts_with = "dry_run")]
     pub check: bool,
     /// Print the IAM policy that this publish needs, and nothing else; AWS is asked nothing
@@ -446,6 +449,23 @@ pub struct Sweep {
     /// Only say what would go
     #[arg(long, conflicts_with = "yes")]
     pub dry_run: bool,
+}
+
+/// How a disk is written block by block (EBS direct).
+#[derive(Debug, Args)]
+pub struct Direct {
+    /// By EBS direct: the snapshot to build on, everywhere or in one region, so that only blocks that differ are sent; `none`:
+    /// on nothing [default: the recipe's last snapshot whose block map this host has kept]
+    #[arg(long, value_name = "[REGION=]SNAPSHOT")]
+    pub parent: Vec<String>,
+    /// Block map of the disk that an earlier snapshot has, where this host hasn't kept it: `blocks` in that build's output
+    /// folder; may be given several times
+    #[arg(long, value_name = "FILE")]
+    pub parent_blocks: Vec<PathBuf>,
+    /// By EBS direct: leave what was never written out of encrypted snapshots too. It then reads as noise, not as zeros: only
+    /// for disks on which nothing relies on zeros (swap, raw partitions, a base that was made sparse may)
+    #[arg(long)]
+    pub omit_holes: bool,
 }
 
 /// How a disk goes through a bucket.

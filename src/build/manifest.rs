@@ -184,6 +184,9 @@ pub struct PublishFacts {
     /// More tags for snapshots: templates of their values.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub snapshot_tags: BTreeMap<String, String>,
+    /// Holes are left out of encrypted snapshots too.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub omit_holes: bool,
     /// How the disk is uploaded, if not in the usual way.
     #[serde(default, skip_serializing_if = "UploadFacts::are_usual")]
     pub upload: UploadFacts,
@@ -263,6 +266,7 @@ impl PublishFacts {
             volumes: publish.volumes.clone(),
             encryption: publish.encryption.clone(),
             snapshot_tags: publish.snapshot_tags.clone(),
+            omit_holes: publish.omit_holes,
             upload: UploadFacts {
                 disk_format: (publish.disk_format != DiskFormat::default())
                     .then(|| publish.disk_format.as_str().to_owned()),

@@ -4,6 +4,7 @@ mod account;
 mod build;
 mod cache;
 mod copy;
+mod direct;
 mod doctor;
 mod encryption;
 mod images;

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 
 use super::encryption::encryption;
 use super::texts::{self, Texts};
-use super::{Context, duration, object, planned};
+use super::{Context, direct, duration, object, planned};
 
 /// How often a running import is looked at. AWS takes minutes for one.
 const POLL: Duration = Duration::from_secs(15);
@@ -174,6 +174,7 @@ fn remember(folder: &Path, image: &Value) -> io::Result<()> {
 fn request(manifest: &Manifest, arguments: &Publish, store: Option<Store>, events: &Events) -> Result<Request, Error> {
     let facts = &manifest.publish;
     let texts = Texts::of(manifest, arguments.image_name.as_deref(), events)?;
+    let (via, regions) = (via(manifest, arguments)?, regions(manifest, arguments)?);
     Ok(Request {
         disk: arguments.outdir.join(DISK),
         size: manifest.size / GIB,
@@ -183,7 +184,6 @@ fn request(manifest: &Manifest, arguments: &Publish, store: Option<Store>, event
         name_varies: texts.name_varies,
         description: texts.filled.description,
         arch: if manifest.arch == "aarch64" { Architecture::Arm64 } else { Architecture::X86_64 },
-        regions: regions(manifest, arguments)?,
         bucket: arguments.bucket.clone().or_else(|| facts.bucket.clone()),
         prefix: facts.prefix.clone().unwrap_or_default(),
         boot_mode: boot_mode(facts.boot_mode.as_deref(), &manifest.boot_modes)?,
@@ -204,7 +204,10 @@ fn request(manifest: &Manifest, arguments: &Publish, store: Option<Store>, event
         poll: poll()?,
         dry_run: arguments.dry_run,
         timeout: duration("--timeout", &arguments.timeout)?,
-        via: via(manifest, arguments)?,
+        parents: direct::parents(arguments, via, &regions)?,
+        omit_holes: via != Via::S3 && (arguments.direct.omit_holes || facts.omit_holes),
+        via,
+        regions,
         release: release(manifest, arguments)?,
         force: arguments.force,
         block_map: arguments.outdir.join(BLOCKS),

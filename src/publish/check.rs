@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::failure::Failure;
 use super::regions::Source;
-use super::{Job, Via, image, import, preflight, rules};
+use super::{Job, Via, image, import, parent, preflight, quotas, rules};
 use crate::error::Error;
 
 /// How one check ended.
@@ -68,9 +68,13 @@ pub(super) async fn check(job: &Job<'_>) -> Result<Vec<Checked>, Error> {
         note("blocks", Verdict::Unknown { detail });
         note("encryption", encryption(job).await?);
     }
+    if let Some(verdict) = Box::pin(parent_verdict(job)).await? {
+        note("parent", verdict);
+    }
     for (call, answer) in dry_runs(job, sends).await? {
         note(call, permitted(job, answer));
     }
+    all.extend(Box::pin(quotas::check(job)).await?);
     Ok(all)
 }
 
@@ -105,13 +109,27 @@ async fn role(job: &Job<'_>) -> Result<String, Error> {
     Ok(format!("AWS takes the role `{}`", job.target.role))
 }
 
+/// Of the snapshot that was asked for to build on; none if none was.
+async fn parent_verdict(job: &Job<'_>) -> Result<Option<Verdict>, Error> {
+    let mut snapshot = None;
+    let look = async {
+        snapshot = parent::check(job).await?.map(|parent| parent.snapshot);
+        Ok(snapshot.as_ref().map(|id| format!("{id} can be built on")).unwrap_or_default())
+    };
+    let verdict = good(job, look).await?;
+    Ok((snapshot.is_some() || matches!(verdict, Verdict::Bad { .. })).then_some(verdict))
+}
+
 async fn encryption(job: &Job<'_>) -> Result<Verdict, Error> {
+    let holes = if job.request.omit_holes { "holes are left out all the same" } else { "holes are sent too" };
+    let encrypted = Verdict::Good { detail: format!("new snapshots are encrypted: {holes}") };
+    if job.request.encryption.is_some() {
+        return Ok(encrypted);
+    }
     let call = job.clients.ec2.get_ebs_encryption_by_default().send();
     let answer = job.stop.or("whether snapshots are encrypted", call).await?;
     Ok(match answer.map_err(job.clients.failed("ec2:GetEbsEncryptionByDefault")) {
-        Ok(answer) if answer.ebs_encryption_by_default() == Some(true) => {
-            Verdict::Good { detail: "new snapshots are encrypted: holes are sent too".to_owned() }
-        }
+        Ok(answer) if answer.ebs_encryption_by_default() == Some(true) => encrypted,
         Ok(_) => Verdict::Good { detail: "new snapshots are not encrypted: holes are left out".to_owned() },
         Err(failure) => Verdict::Unknown { detail: failure.reason() },
     })

@@ -45,6 +45,7 @@ pub(super) struct Clients {
     pub(super) ec2: aws_sdk_ec2::Client,
     pub(super) ebs: aws_sdk_ebs::Client,
     pub(super) ssm: aws_sdk_ssm::Client,
+    pub(super) quotas: aws_sdk_servicequotas::Client,
     region: String,
     config: SdkConfig,
     attempts: u32,
@@ -53,6 +54,7 @@ pub(super) struct Clients {
     ec2_url: LastUrl,
     ebs_url: LastUrl,
     ssm_url: LastUrl,
+    quotas_url: LastUrl,
 }
 
 impl Clients {
@@ -77,7 +79,7 @@ impl Clients {
 
     fn new(config: SdkConfig, attempts: u32) -> Self {
         let asked = Asked::default();
-        let [s3_url, ec2_url, ebs_url, ssm_url] = [(); 4].map(|()| LastUrl::default());
+        let [s3_url, ec2_url, ebs_url, ssm_url, quotas_url] = [(); 5].map(|()| LastUrl::default());
         let s3 = aws_sdk_s3::config::Builder::from(&config)
             .endpoint_resolver(PathStyle(DefaultResolver::new()))
             .interceptor(s3_url.clone())
@@ -89,11 +91,13 @@ impl Clients {
             aws_sdk_ebs::config::Builder::from(&config).interceptor(ebs_url.clone()).interceptor(asked.clone()).build();
         let ssm =
             aws_sdk_ssm::config::Builder::from(&config).interceptor(ssm_url.clone()).interceptor(asked.clone()).build();
+        let quotas = aws_sdk_servicequotas::config::Builder::from(&config).interceptor(quotas_url.clone()).build();
         Self {
             s3: aws_sdk_s3::Client::from_conf(s3),
             ec2: aws_sdk_ec2::Client::from_conf(ec2),
             ebs: aws_sdk_ebs::Client::from_conf(ebs),
             ssm: aws_sdk_ssm::Client::from_conf(ssm),
+            quotas: aws_sdk_servicequotas::Client::from_conf(quotas),
             region: config.region().map(ToString::to_string).unwrap_or_default(),
             config,
             attempts,
@@ -102,6 +106,7 @@ impl Clients {
             ec2_url,
             ebs_url,
             ssm_url,
+            quotas_url,
         }
     }
 
@@ -129,6 +134,7 @@ impl Clients {
             Some("s3") => &self.s3_url,
             Some("ebs") => &self.ebs_url,
             Some("ssm") => &self.ssm_url,
+            Some("servicequotas") => &self.quotas_url,
             _ => &self.ec2_url,
         };
         let url = url.clone();

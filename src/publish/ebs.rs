@@ -3,7 +3,8 @@
 //! A snapshot is begun (`StartSnapshot`), given its blocks of 512 KiB (`PutSnapshotBlock`), and sealed
 //! (`CompleteSnapshot`). The disk's block map has each block's SHA-256, which AWS wants and checks, so that the disk is
 //! read once and not hashed. Holes are not sent, unless the snapshot is encrypted: there what was not written doesn't read
-//! as zeros. On a snapshot of an earlier disk of the same recipe, whose block map is at hand, only what differs is sent.
+//! as zeros, which is only left so if that is asked for. On a snapshot of an earlier disk, whose block map is at hand, only
+//! what differs is sent (`parent`).
 //!
 //! Source: "EBS direct APIs" in the Amazon EBS User Guide and API Reference.
 
@@ -16,8 +17,7 @@ use std::time::Duration;
 
 use aws_sdk_ebs::primitives::ByteStream;
 use aws_sdk_ebs::types::{ChecksumAggregationMethod, ChecksumAlgorithm, Tag};
-use aws_sdk_ec2::primitives::DateTime;
-use aws_sdk_ec2::types::{Snapshot, SnapshotState, StorageTier};
+use aws_sdk_ec2::types::{Snapshot, SnapshotState};
 use sha2::{Digest as _, Sha256};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
@@ -29,7 +29,7 @@ use super::parts::base64;
 use super::retry::{backoff, ebs_once};
 use super::undo::{Made, Undo};
 use super::upload::{self, Lost};
-use super::{Job, found, import, rules};
+use super::{Job, found, import, parent, rules};
 use crate::disk::{BLOCK, BlockMap, Digest};
 use crate::error::{Error, Exit};
 use crate::event::{Event, Events};
@@ -109,11 +109,12 @@ pub(super) async fn upload(
     Ok(Ok(Written { snapshot, sent: blocks.len() - kept, kept, parent: begun.parent }))
 }
 
-/// Which blocks are sent, in order, with what they have. Zeros that were written are data, also where the parent has a hole.
-fn blocks(map: &BlockMap, parent: Option<&BlockMap>, encrypted: bool) -> Vec<(u64, Digest)> {
+/// Which blocks are sent, in order, with what they have. Zeros that were written are data, also where the parent has a hole;
+/// a hole where the parent has data is sent, whatever `holes` says of the others: nothing of an earlier disk may be read.
+fn blocks(map: &BlockMap, parent: Option<&BlockMap>, holes: bool) -> Blocks {
     let zeros = Digest::of(&vec![0; usize::try_from(BLOCK).unwrap_or_default()]);
     let is_sent = |(index, own): &(u64, Option<Digest>)| match (own, parent.map(|parent| parent.block(*index))) {
-        (None, None) => encrypted,
+        (None, None) => holes,
         (None, Some(theirs)) => theirs.is_some_and(|theirs| theirs != zeros),
         (Some(own), theirs) => theirs.flatten() != Some(*own),
     };
@@ -136,47 +137,9 @@ pub(super) fn block_map(job: &Job<'_>) -> Result<BlockMap, Error> {
     }
 }
 
-/// The block map of the disk in this snapshot, if it was kept.
-fn known_map(job: &Job<'_>, snapshot: &str) -> Option<BlockMap> {
-    BlockMap::open(&job.request.store.as_ref()?.map_path(snapshot)).ok()
-}
-
-struct Parent {
-    snapshot: String,
-    map: BlockMap,
-}
-
-/// The newest snapshot of an earlier disk of this recipe that can be a parent: as large, with its block map at hand,
-/// encrypted if new snapshots are (`encrypts`), because AWS takes no other then, and with the key that is asked for, because
-/// what is built on it has its key.
-async fn parent(job: &Job<'_>, map: &BlockMap, encrypts: bool) -> Result<Option<Parent>, Error> {
-    let of_recipe = found::snapshots(job, rules::NAME_TAG, &job.request.name);
-    let answer = job.stop.or("earlier snapshots", of_recipe).await?;
-    let mut snapshots = found::may_look(job, "snapshots", answer)?;
-    snapshots.retain(|snapshot| {
-        snapshot.state() == Some(&SnapshotState::Completed)
-            && snapshot.storage_tier() != Some(&StorageTier::Archive)
-            && (snapshot.encrypted() == Some(true) || !encrypts)
-            && found::is_encrypted_as_asked(job, snapshot)
-    });
-    snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.start_time().map(DateTime::secs)));
-    for snapshot in snapshots {
-        let digest = found::tag(snapshot.tags(), rules::DIGEST_TAG);
-        // A map that is damaged has another digest.
-        if let (Some(id), Some(digest)) = (snapshot.snapshot_id(), digest)
-            && let Some(known) = known_map(job, id)
-            && known.digest().to_string() == digest
-            && known.size() == map.size()
-        {
-            return Ok(Some(Parent { snapshot: id.to_owned(), map: known }));
-        }
-    }
-    Ok(None)
-}
-
 /// Whether new snapshots are encrypted, because that is asked for or because this account does so; who may not look is told
 /// by the snapshot itself.
-async fn encrypts(job: &Job<'_>) -> Result<bool, Error> {
+pub(super) async fn encrypts(job: &Job<'_>) -> Result<bool, Error> {
     if job.request.encryption.is_some() {
         return Ok(true);
     }
@@ -239,19 +202,36 @@ async fn left_behind(job: &Job<'_>, map: &BlockMap) -> Result<Left, Error> {
         }
     };
     let state = state_of_begun(job, &journal, &begun).await?;
-    let parent = begun.parent.as_ref().map(|parent| known_map(job, parent));
-    if let (Some(SnapshotState::Pending | SnapshotState::Completed), None | Some(Some(_))) = (&state, &parent) {
-        let blocks = blocks(map, parent.flatten().as_ref(), begun.encrypted);
-        let alike = begun.digest == job.request.digest && begun.encryption == asked_encryption(job);
-        if alike && begun.blocks == digest_of(&blocks) {
-            let sealed = journal.is_sealed() || state == Some(SnapshotState::Completed);
-            return Ok(Left::Useful { journal, begun, blocks, sealed });
-        }
+    if matches!(state, Some(SnapshotState::Pending | SnapshotState::Completed))
+        && let Some(blocks) = blocks_of_begun(job, map, &begun)
+    {
+        let sealed = journal.is_sealed() || state == Some(SnapshotState::Completed);
+        return Ok(Left::Useful { journal, begun, blocks, sealed });
     }
     // One that is complete is whole, though of another disk perhaps. AWS gives the others up only after an hour, and keeps
     // them.
     let deleted = !matches!(state, None | Some(SnapshotState::Completed));
     Ok(Left::Useless(journal, deleted.then_some(begun.snapshot)))
+}
+
+/// The blocks of a snapshot that was begun, if it is one that would be begun now.
+fn blocks_of_begun(job: &Job<'_>, map: &BlockMap, begun: &Begun) -> Option<Blocks> {
+    let request = job.request;
+    let alike = begun.digest == request.digest
+        && begun.encryption == asked_encryption(job)
+        && begun.omit_holes == request.omit_holes
+        && request.parents.allow(&job.target.region, begun.parent.as_deref());
+    if !alike {
+        return None;
+    }
+    let on = |parent: Option<&BlockMap>| {
+        let blocks = blocks(map, parent, begun.encrypted && !begun.omit_holes);
+        (begun.blocks == digest_of(&blocks)).then_some(blocks)
+    };
+    match &begun.parent {
+        None => on(None),
+        Some(parent) => parent::maps(job, parent).find_map(|map| on(Some(&map))),
+    }
 }
 
 async fn delete(job: &Job<'_>, undo: &mut Undo, snapshot: &str) {
@@ -300,7 +280,7 @@ async fn state_of_begun(job: &Job<'_>, journal: &Journal, begun: &Begun) -> Resu
 
 async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Result<(Begun, Blocks), Failure>, Error> {
     let encrypts = Box::pin(encrypts(job)).await?;
-    let mut parent = Box::pin(parent(job, map, encrypts)).await?;
+    let mut parent = Box::pin(parent::choose(job, encrypts)).await?;
     let (snapshot, encrypted) = loop {
         let id = parent.as_ref().map(|parent| parent.snapshot.as_str());
         let made = Made::Snapshot { id: None };
@@ -310,6 +290,7 @@ async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Result<
                 undo.made(entry, Made::Snapshot { id: Some(snapshot.clone()) });
                 break (snapshot, encrypted);
             }
+            (Err(failure), Some(refused)) if refused.asked => return Err(refused.refused(job, failure)),
             // Its key may be gone, or it may be itself since it was looked at.
             (Err(failure), Some(refused)) if !failure.is_passing() && !failure.is_denied() => {
                 let why = failure.reason();
@@ -323,12 +304,14 @@ async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Result<
         }
     };
     job.events.detail(format!("snapshot {snapshot}"));
-    let blocks = blocks(map, parent.as_ref().map(|parent| &parent.map), encrypted);
+    let omit_holes = job.request.omit_holes;
+    let blocks = blocks(map, parent.as_ref().map(|parent| &parent.map), encrypted && !omit_holes);
     let begun = Begun {
         snapshot,
         digest: job.request.digest.clone(),
         parent: parent.map(|parent| parent.snapshot),
         encrypted,
+        omit_holes,
         encryption: asked_encryption(job),
         blocks: digest_of(&blocks),
     };
@@ -566,8 +549,8 @@ mod tests {
         };
         let new = map(&[None, block(0), block(1), block(2), None, None, block(0), block(3)]);
         let old = map(&[None, None, block(1), block(1), block(4), block(0), block(0), None]);
-        let sent = |parent, encrypted| -> Vec<_> {
-            blocks(&new, parent, encrypted).into_iter().map(|(index, digest)| (index, Some(digest))).collect()
+        let sent = |parent, holes| -> Vec<_> {
+            blocks(&new, parent, holes).into_iter().map(|(index, digest)| (index, Some(digest))).collect()
         };
         let data = [(1, block(0)), (2, block(1)), (3, block(2)), (6, block(0)), (7, block(3))];
         assert_eq!(sent(None, false), data);

@@ -10,7 +10,7 @@ use super::failure::Failure;
 use super::import::{self, State};
 use super::plan::Steps;
 use super::regions::Source;
-use super::{Job, Via, image, rules, upload};
+use super::{Job, Request, Via, image, rules, upload};
 use crate::error::Error;
 
 /// What is there already.
@@ -34,7 +34,12 @@ pub(super) async fn look(job: &Job<'_>) -> Result<Found, Error> {
     }
     let same = snapshots(job, rules::DIGEST_TAG, &job.request.digest);
     let snapshots = may_look(job, "snapshots", job.stop.or("the snapshots of this disk", same).await?)?;
-    let fits = |snapshot: &&Snapshot| is_whole(job, snapshot) && is_encrypted_as_asked(job, snapshot);
+    let (request, region) = (job.request, &job.target.region);
+    let fits = |snapshot: &&Snapshot| {
+        is_whole(job, snapshot)
+            && is_encrypted_as_asked(request, region, snapshot)
+            && has_holes_as_asked(request, snapshot)
+    };
     if let Some(id) = snapshots.iter().find(fits).and_then(Snapshot::snapshot_id) {
         return Ok(Found::Snapshot { id: id.to_owned() });
     }
@@ -119,10 +124,16 @@ fn is_whole(job: &Job<'_>, snapshot: &Snapshot) -> bool {
 }
 
 /// Whether a snapshot of kiln's was made with the encryption that is asked for now: with that key, or without a word of it.
-pub(super) fn is_encrypted_as_asked(job: &Job<'_>, snapshot: &Snapshot) -> bool {
-    let asked = rules::encryption(job.request, &job.target.region);
+pub(super) fn is_encrypted_as_asked(request: &Request, region: &str, snapshot: &Snapshot) -> bool {
+    let asked = rules::encryption(request, region);
     tag(snapshot.tags(), rules::ENCRYPTION_TAG) == asked.as_deref()
         && (asked.is_none() || snapshot.encrypted() == Some(true))
+}
+
+/// Whether the snapshot's holes read as zeros, or may be anything. Its tag alone decides: that the holes of one that isn't
+/// encrypted do so all the same saves nothing but an upload of few blocks.
+pub(super) fn has_holes_as_asked(request: &Request, snapshot: &Snapshot) -> bool {
+    request.omit_holes || tag(snapshot.tags(), rules::HOLES_TAG).is_none()
 }
 
 /// The value of a tag.

@@ -22,6 +22,9 @@ pub(super) struct Begun {
     /// The snapshot that it differs from.
     pub(super) parent: Option<String>,
     pub(super) encrypted: bool,
+    /// Holes are left out although it may be encrypted.
+    #[serde(default)]
+    pub(super) omit_holes: bool,
     /// The encryption that was asked for; see [`super::rules::encryption`].
     #[serde(default)]
     pub(super) encryption: Option<String>,
@@ -192,6 +195,7 @@ mod tests {
             digest: "ab".to_owned(),
             parent: Some("snap-1".to_owned()),
             encrypted: false,
+            omit_holes: true,
             encryption: Some("default".to_owned()),
             blocks: "cd".to_owned(),
         };

@@ -44,6 +44,8 @@ pub struct UploadedObject {
 pub fn upload_only(request: &Request, events: &Events, cancel: &Cancel) -> Result<UploadedObject, Error> {
     let mut request = request.clone();
     (request.via, request.object.keep) = (Via::S3, true);
+    // The recipe's wish for a publish that writes blocks.
+    request.omit_holes = false;
     rules::check(&request)?;
     cancel.check()?;
     with_runtime(request.parallel, |runtime| {

@@ -9,7 +9,8 @@ use super::{Request, Via, rules};
 use crate::error::Error;
 use crate::recipe::{Grantee, Protection};
 
-/// The policy for whoever publishes; not that of the role that AWS imports with.
+/// The policy for whoever publishes; not that of the role that AWS imports with. It has what a publish needs and uses, not
+/// what `--check` looks at besides: without `servicequotas:GetServiceQuota` that only says less.
 pub(super) fn policy(request: &Request) -> Result<Value, Error> {
     rules::check(request)?;
     rules::one_partition(request.regions.first().map_or("", String::as_str), &request.regions)?;

@@ -10,7 +10,7 @@ use super::plan::{Count, Plan, Step, Steps, Transfer, Way};
 use super::regions::Source;
 use super::replace::{self, Old};
 use super::share;
-use super::{Job, Via, copy, ebs, finish, image, import, parameter, rules, upload};
+use super::{Job, Via, copy, ebs, finish, image, import, parameter, parent, rules, upload};
 use crate::error::{Error, Exit};
 use crate::units::GIB;
 
@@ -35,7 +35,7 @@ fn goes_through_bucket(job: &Job<'_>) -> bool {
 }
 
 /// The disk is as announced, the credentials work, and unless an earlier publish has made it already, the image's name is
-/// free, and by S3 the bucket is in the region, and the caller may import from it.
+/// free, what was asked for to build on can be, and by S3 the bucket is in the region, and the caller may import from it.
 pub(super) async fn check(job: &Job<'_>) -> Result<Before, Error> {
     disk(&job.request.disk, job.request.size)?;
     if !job.request.release.share.is_empty() {
@@ -47,8 +47,11 @@ pub(super) async fn check(job: &Job<'_>) -> Result<Before, Error> {
     if !matches!(before.found, Found::Image(_)) {
         Box::pin(name_is_free(job, &mut before)).await?;
     }
-    if before.found == Found::Nothing && goes_through_bucket(job) {
-        bucket(job).await?;
+    if before.found == Found::Nothing {
+        Box::pin(parent::check(job)).await?;
+        if goes_through_bucket(job) {
+            bucket(job).await?;
+        }
     }
     Ok(before)
 }

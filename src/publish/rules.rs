@@ -4,10 +4,8 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::share::Sharing;
-use super::{Architecture, BootMode, DEFAULT_ROLE, ObjectEncryption, Request, Target, Undated, Via};
+use super::{Architecture, BootMode, DEFAULT_ROLE, ObjectEncryption, Parents, Request, Target, Undated, Via};
 use crate::error::{Error, Exit};
-#[cfg(test)]
-use crate::recipe::Release;
 use crate::recipe::Sse;
 use crate::recipe::aws::{self, Refusal};
 use crate::recipe::volume::{self, VolumeKind};
@@ -22,6 +20,10 @@ pub(super) const NAME_TAG: &str = "kiln:name";
 pub(super) const SETTINGS_TAG: &str = "kiln:settings";
 /// The tag that encrypted snapshots have, and the tasks that import them: [`encryption`].
 pub(super) const ENCRYPTION_TAG: &str = "kiln:encryption";
+/// The tag of images and snapshots whose holes may be noise: they were made with --omit-holes.
+pub(super) const HOLES_TAG: &str = "kiln:holes";
+/// Its value.
+pub(super) const OMITTED: &str = "omitted";
 /// In GiB. S3 takes 10,000 parts of 5 GiB in an object, which is less than the largest volume.
 const LARGEST_OBJECT: u64 = 50_000;
 /// In GiB.
@@ -50,10 +52,25 @@ pub(super) fn check(request: &Request) -> Result<(), Error> {
     if request.arch == Architecture::Arm64 && request.boot_mode == BootMode::LegacyBios {
         return Err(input("arm64 instances don't boot by `legacy-bios`").help("set boot_mode = \"uefi\" in [publish]"));
     }
+    if request.via == Via::S3 {
+        imports(request)?;
+    }
     firmware(request)?;
     volumes(request)?;
     keys(request)?;
     tags(request).map_err(refused)
+}
+
+/// What an import can't do.
+fn imports(request: &Request) -> Result<(), Error> {
+    let what = if request.parents != Parents::default() {
+        "an import builds on no other snapshot"
+    } else if request.omit_holes {
+        "an import leaves no holes out"
+    } else {
+        return Ok(());
+    };
+    Err(input(what).help("publish it with --via ebs"))
 }
 
 /// What depends on how instances boot.
@@ -106,10 +123,10 @@ fn keys(request: &Request) -> Result<(), Error> {
 }
 
 fn tags(request: &Request) -> Result<(), Refusal> {
-    let encrypted = request.encryption.is_some();
+    let of_choice = usize::from(request.encryption.is_some()) + usize::from(request.omit_holes);
     let mut of_snapshot = request.tags.clone();
     of_snapshot.extend(request.snapshot_tags.clone());
-    aws::tag_count(of_snapshot.len(), encrypted)?;
+    aws::tag_count(of_snapshot.len(), of_choice)?;
     request.tags.iter().chain(&request.snapshot_tags).try_for_each(|(key, value)| aws::tag(key, value))
 }
 
@@ -200,6 +217,8 @@ pub(super) fn tag_pairs(request: &Request) -> Vec<(String, String)> {
     pairs.entry("Name".to_owned()).or_insert_with(|| request.image_name.clone());
     pairs.insert(DIGEST_TAG.to_owned(), request.digest.clone());
     pairs.insert(NAME_TAG.to_owned(), request.name.clone());
+    // The image has it too, because the snapshots of its copies get the image's tags.
+    pairs.extend(request.omit_holes.then(|| (HOLES_TAG.to_owned(), OMITTED.to_owned())));
     pairs.into_iter().collect()
 }
 
@@ -230,6 +249,7 @@ pub(super) fn settings(request: &Request, region: &str) -> String {
     add("sriov", request.sriov.then_some(Value::Bool(true)));
     add("ena", (!request.ena).then_some(Value::Bool(false)));
     add("encryption", encryption(request, region).map(|encryption| json!(encryption)));
+    add("omit_holes", request.omit_holes.then_some(Value::Bool(true)));
     add("snapshot_tags", (!snapshot_tags.is_empty()).then(|| json!(snapshot_tags)));
     let text = if let [only] = &all[..] { only.to_string() } else { json!(all).to_string() };
     hex(&Sha256::digest(text))[..16].to_owned()
@@ -304,53 +324,10 @@ fn input(message: impl Into<String>) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-    use std::path::PathBuf;
-    use std::time::Duration;
-
-    use super::super::ObjectOptions;
+    use super::super::request::example as request;
+    use super::super::{ObjectOptions, Wanted};
     use super::*;
     use crate::recipe::{DiskFormat, Volume, VolumeType};
-
-    fn request() -> Request {
-        Request {
-            disk: PathBuf::from("disk.raw"),
-            size: 4,
-            digest: "0123456789abcdef0123456789abcdef".to_owned(),
-            name: "web".to_owned(),
-            image_name: "web-2026".to_owned(),
-            name_varies: false,
-            description: String::new(),
-            arch: Architecture::X86_64,
-            regions: Vec::new(),
-            bucket: Some("images".to_owned()),
-            prefix: "kiln/".to_owned(),
-            boot_mode: BootMode::UefiPreferred,
-            imds_v2: true,
-            root_device: "/dev/xvda".to_owned(),
-            root: Ebs::default(),
-            volumes: Vec::new(),
-            tpm: false,
-            uefi_data: None,
-            sriov: false,
-            ena: true,
-            encryption: None,
-            tags: BTreeMap::new(),
-            snapshot_tags: BTreeMap::new(),
-            undated: Undated::default(),
-            role: None,
-            parallel: 4,
-            poll: Duration::from_secs(15),
-            dry_run: false,
-            timeout: Duration::from_hours(1),
-            via: Via::S3,
-            block_map: PathBuf::from("blocks"),
-            store: None,
-            release: Release::default(),
-            force: false,
-            object: ObjectOptions::default(),
-        }
-    }
 
     fn refused(change: impl FnOnce(&mut Request)) -> String {
         let mut request = request();
@@ -448,6 +425,10 @@ mod tests {
         assert_eq!(refused(|r| r.encryption = Some(keyed("mine"))), "`mine` is not a KMS key");
         let direct = refused(|r| (r.encryption, r.via) = (Some(keyed("alias/mine")), Via::Ebs));
         assert_eq!(direct, "EBS direct takes a KMS key only by its ARN, and `alias/mine` is none");
+        assert_eq!(refused(|r| r.omit_holes = true), "an import leaves no holes out");
+        let on_none = Parents { everywhere: Some(Wanted::Nothing), ..Parents::default() };
+        assert_eq!(refused(|r| r.parents = on_none.clone()), "an import builds on no other snapshot");
+        check(&Request { via: Via::Auto, omit_holes: true, parents: on_none, ..request() }).unwrap();
         let many = |r: &mut Request| {
             r.tags = (0..40).map(|n| (format!("a{n}"), String::new())).collect();
             r.snapshot_tags = (0..7).map(|n| (format!("b{n}"), String::new())).collect();
@@ -497,7 +478,7 @@ mod tests {
         assert_eq!(settings(&|r| (r.root.size, r.description) = (Some(4), "2026".to_owned())), same);
         let elsewhere =
             Encryption { kms_keys: [("us-east-1".to_owned(), "alias/a".to_owned())].into(), ..Encryption::default() };
-        let changes: [&dyn Fn(&mut Request); 21] = [
+        let changes: [&dyn Fn(&mut Request); 22] = [
             &|r| r.digest.push('0'),
             &|r| r.name.push('2'),
             &|r| r.undated.description.push('x'),
@@ -519,6 +500,7 @@ mod tests {
             &|r| r.ena = false,
             &|r| r.encryption = Some(elsewhere.clone()),
             &|r| r.encryption = Some(keyed("alias/a")),
+            &|r| r.omit_holes = true,
         ];
         let mut all: Vec<_> = changes.iter().map(|change| settings(change)).chain([same]).collect();
         all.sort();

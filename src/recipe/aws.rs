@@ -95,12 +95,13 @@ pub fn tag(key: &str, value: &str) -> Result<(), Refusal> {
     Err(Refusal::new(format!("the tag `{key}` can't be set"), help))
 }
 
-/// Whether AWS takes so many tags, next to kiln's own. An encrypted snapshot has one more of those, `kiln:encryption`.
+/// Whether AWS takes so many tags, next to kiln's own. `more` are those that kiln sets by choice: `kiln:encryption`,
+/// `kiln:holes`.
 ///
 /// # Errors
 /// When it doesn't.
-pub fn tag_count(tags: usize, encrypted: bool) -> Result<(), Refusal> {
-    let own = OWN_TAGS + usize::from(encrypted);
+pub fn tag_count(tags: usize, more: usize) -> Result<(), Refusal> {
+    let own = OWN_TAGS + more;
     let most = TAGS - own;
     if tags <= most {
         return Ok(());
@@ -175,13 +176,13 @@ mod tests {
         );
         assert!(said(tag("", "")).starts_with("the tag `` can't be set; "));
         assert!(said(tag("k", &"v".repeat(257))).ends_with("in a tag's value, not 257"));
-        tag_count(46, false).unwrap();
+        tag_count(46, 0).unwrap();
         assert_eq!(
-            said(tag_count(47, false)),
+            said(tag_count(47, 0)),
             "47 tags are too many; AWS takes 50, of which kiln sets 4 itself: 46 are left"
         );
         assert_eq!(
-            said(tag_count(46, true)),
+            said(tag_count(46, 1)),
             "46 tags are too many; AWS takes 50, of which kiln sets 5 itself: 45 are left"
         );
     }

@@ -17,6 +17,7 @@ use super::volume::{self, Ebs, EbsSpans, Volume};
 use super::{Arch, Base, Disk, aws, words};
 
 /// How the image is published. Nothing is needed to build.
+#[expect(clippy::struct_excessive_bools, reason = "each is a key of the table")]
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Publish {
     /// A template for the AMI's name; see [`super::name_parts`].
@@ -69,6 +70,8 @@ pub struct Publish {
     pub role: Option<String>,
     /// How the disk becomes a snapshot.
     pub via: Via,
+    /// Holes are left out of encrypted snapshots too.
+    pub omit_holes: bool,
     /// What is done with the image once it is there.
     pub release: Release,
     /// As which bytes the disk is uploaded.
@@ -156,7 +159,7 @@ words! {
     }
 }
 
-const KNOWN: [&str; 34] = [
+const KNOWN: [&str; 35] = [
     "image_name",
     "description",
     "regions",
@@ -182,6 +185,7 @@ const KNOWN: [&str; 34] = [
     "snapshot_tags",
     "role",
     "via",
+    "omit_holes",
     "share",
     "share_snapshots",
     "deprecate_after",
@@ -215,11 +219,21 @@ pub(super) fn read(top: &Fields<'_>, name: &str, base: Option<&Base>, disk: &Dis
     publish.volumes = volumes::others(&fields, publish.root_device.as_deref().unwrap_or(DEFAULT_ROOT_DEVICE));
     publish.role = checked(&fields, "role", role).map(|found| found.value);
     publish.via = fields.word("via").map(|found| found.value).unwrap_or_default();
+    publish.omit_holes = omit_holes(&fields, publish.via);
     upload(&fields, &mut publish);
     publish.release = release::read(&fields);
     publish.encryption = encrypted::read(&fields, &publish.regions, publish.via);
     tags(&fields, name, &mut publish);
     publish
+}
+
+fn omit_holes(fields: &Fields<'_>, via: Via) -> bool {
+    let Some(found) = fields.boolean("omit_holes").filter(|found| found.value) else { return false };
+    if via == Via::S3 {
+        let help = Some("write `via = \"ebs\"` or `via = \"auto\"` as well".to_owned());
+        fields.reader.refuse(&found.origin, "`omit_holes` is of use only with EBS direct", help);
+    }
+    true
 }
 
 /// How the disk is an object.
@@ -285,10 +299,10 @@ fn tags(fields: &Fields<'_>, name: &str, publish: &mut Publish) {
     let tag = |key: &str, value: &str| aws::tag(key, &filled(value, name)?).map_err(told);
     publish.tags = fields.map("tags", tag);
     publish.snapshot_tags = fields.map("snapshot_tags", tag);
-    let encrypted = publish.encryption.is_some();
+    let of_choice = usize::from(publish.encryption.is_some()) + usize::from(publish.omit_holes);
     let snapshots = publish.tags.keys().chain(publish.snapshot_tags.keys()).collect::<BTreeSet<_>>().len();
     for (key, count) in [("tags", publish.tags.len()), ("snapshot_tags", snapshots)] {
-        if let Err(refused) = aws::tag_count(count, encrypted)
+        if let Err(refused) = aws::tag_count(count, of_choice)
             && let Some(entry) = fields.entry(key)
         {
             let (message, help) = told(refused);

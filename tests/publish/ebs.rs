@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use super::{NOTHING, ONE_IMAGE, Stage};
 use crate::support::{append_data, wait_until};
 
-const BLOCK: u64 = 512 << 10;
-const PUT: &str = "ebs:PutSnapshotBlock";
+pub(super) const BLOCK: u64 = 512 << 10;
+pub(super) const PUT: &str = "ebs:PutSnapshotBlock";
 const JOURNAL: &str = "out/web/publish.us-east-1.journal";
 
 fn stage() -> Stage {
@@ -15,7 +15,7 @@ fn stage() -> Stage {
 }
 
 /// Indices of the blocks that AWS took since the log was last forgotten, each time that it did.
-fn taken(stage: &Stage) -> Vec<u64> {
+pub(super) fn taken(stage: &Stage) -> Vec<u64> {
     let calls = stage.aws.requests(PUT);
     let well = calls.iter().filter(|call| call["status"] == 201);
     let mut indices: Vec<_> = well
@@ -28,7 +28,7 @@ fn taken(stage: &Stage) -> Vec<u64> {
     indices
 }
 
-fn blocks_of_data(stage: &Stage) -> u64 {
+pub(super) fn blocks_of_data(stage: &Stage) -> u64 {
     let manifest: Value = serde_json::from_str(&stage.bench.read("out/web/manifest.json")).unwrap();
     manifest["data_bytes"].as_u64().unwrap() / BLOCK
 }

@@ -223,6 +223,8 @@ fn what_a_publish_would_meet_is_looked_at_without_making_anything() {
     us-east-1       ec2:CreateTags       ok       permitted
     us-east-1       ec2:DeregisterImage  ok       permitted
     us-east-1       ec2:DeleteSnapshot   ok       permitted
+    us-east-1       quota: images        ok       0 of 50000
+    us-east-1       quota: snapshots     ok       0 of 100000
     ");
     stage.aws.fault(&json!({ "action": "ec2:RegisterImage", "error": "UnauthorizedOperation" }));
     let ran = publish(&stage, ["--check"]).run();

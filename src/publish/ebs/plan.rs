@@ -5,8 +5,8 @@ use super::super::action::Action::{
     CompleteSnapshot, DeleteSnapshot, DescribeSnapshots, PutSnapshotBlock, StartSnapshot,
 };
 use super::super::plan::{Count, Requests, Way};
-use super::super::rules;
-use super::{Left, begins, block_map, blocks, encrypts, left_behind, parent};
+use super::super::{parent, rules};
+use super::{Left, begins, block_map, blocks, encrypts, left_behind};
 use crate::disk::BLOCK;
 use crate::error::Error;
 use crate::units::Size;
@@ -31,12 +31,13 @@ pub(in super::super) async fn plan(job: &Job<'_>, way: &mut Way) -> Result<Optio
         }
     };
     let encrypts = Box::pin(encrypts(job)).await?;
-    let parent = Box::pin(parent(job, &map, encrypts)).await?;
-    let count = blocks(&map, parent.as_ref().map(|parent| &parent.map), encrypts).len() as u64;
+    let parent = Box::pin(parent::choose(job, encrypts)).await?;
+    let holes = encrypts && !job.request.omit_holes;
+    let count = blocks(&map, parent.as_ref().map(|parent| &parent.map), holes).len() as u64;
     let bytes = Size(count * BLOCK);
     let rest = match parent {
         Some(parent) => format!("the rest is that of {}", parent.snapshot),
-        None if encrypts => "it is encrypted, so that holes are sent too".to_owned(),
+        None if holes => "it is encrypted, so that holes are sent too".to_owned(),
         None => "the rest are holes".to_owned(),
     };
     let encryption = rules::encryption_in_words(job.request, &job.target.region);

@@ -322,7 +322,7 @@ fn publishing_takes_everything_there_is() {
         regions = ['us-gov-west-1', 'cn-north-1']\nbucket = 'a.b-c'\nprefix = 'images/'\nboot_mode = 'legacy-bios'
         imds = 'v1.0'\nvolume_type = 'gp2'\nroot_device = '/dev/sda1'\nrole = 'vm-import'
         tags = { Name = 'x', 'a:b' = '' }\ndisk_format = 'vmdk'\nsse = 'aws:kms'\nsse_kms_key = 'alias/images'
-        keep_object = true\n";
+        keep_object = true\nvia = 'auto'\nomit_holes = true\n";
     let publish = read(&format!("{SMALL}{publish}")).publish;
     let parts = name_parts(publish.image_name.as_deref().unwrap()).unwrap();
     let (gap, digest) = (TextPart::Text(" "), TextPart::Digest(64));
@@ -335,6 +335,7 @@ fn publishing_takes_everything_there_is() {
     assert_eq!(publish.tags["a:b"], "");
     assert_eq!((publish.disk_format, publish.sse), (DiskFormat::Vmdk, Some(Sse::Kms)));
     assert_eq!((publish.sse_kms_key.as_deref(), publish.keep_object), (Some("alias/images"), true));
+    assert!(publish.omit_holes && publish.via == Via::Auto);
 }
 
 #[test]
