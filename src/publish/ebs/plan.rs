@@ -11,8 +11,8 @@ use crate::disk::BLOCK;
 use crate::error::Error;
 use crate::units::Size;
 
-/// What [`upload`](super::upload) would do. Returned is what it would have asked for when AWS refuses to begin; none if it wouldn't begin,
-/// but go on.
+/// What [`upload`](super::upload) would do. Returned is what it would have asked for when AWS refuses to begin; none if it wouldn't go another way
+/// then.
 pub(in super::super) async fn plan(job: &Job<'_>, way: &mut Way) -> Result<Option<Requests>, Error> {
     let map = block_map(job)?;
     let deleted = match Box::pin(left_behind(job, &map)).await? {
@@ -35,6 +35,7 @@ pub(in super::super) async fn plan(job: &Job<'_>, way: &mut Way) -> Result<Optio
     let holes = encrypts && !job.request.omit_holes;
     let count = blocks(&map, parent.as_ref().map(|parent| &parent.map), holes).len() as u64;
     let bytes = Size(count * BLOCK);
+    let asked = parent.as_ref().is_some_and(|parent| parent.asked);
     let rest = match parent {
         Some(parent) => format!("the rest is that of {}", parent.snapshot),
         None if holes => "it is encrypted, so that holes are sent too".to_owned(),
@@ -48,7 +49,8 @@ pub(in super::super) async fn plan(job: &Job<'_>, way: &mut Way) -> Result<Optio
     requests.at_least(DescribeSnapshots, 1);
     way.cost.bytes_sent += Count::exactly(bytes.bytes());
     way.cost.snapshot_bytes += Count::exactly(bytes.bytes());
-    Ok(Some(begin))
+    // Whoever names a parent wants no image that isn't built on it.
+    Ok((!asked).then_some(begin))
 }
 
 /// How much data the disk has, in blocks: so much a snapshot has at least that isn't made by EBS direct.
