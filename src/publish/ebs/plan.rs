@@ -11,8 +11,8 @@ use crate::disk::BLOCK;
 use crate::error::Error;
 use crate::units::Size;
 
-/// What [`upload`](super::upload) would do. Returned is what it would have asked for when AWS refuses to begin; none if it wouldn't go another way
-/// then.
+/// What [`upload`](super::upload) would do. Returned is what it would have asked for when AWS refuses to begin; none if it
+/// wouldn't take another way then.
 pub(in super::super) async fn plan(job: &Job<'_>, way: &mut Way) -> Result<Option<Requests>, Error> {
     let map = block_map(job)?;
     let deleted = match Box::pin(left_behind(job, &map)).await? {
