@@ -279,10 +279,11 @@ impl Group {
     }
 }
 
-/// Half as many as there are processors, since a guest has two, and no more than there is memory for.
+/// As many as there are processors, and no more than there is memory for. A guest has two, but a build that takes up where
+/// the common steps end uses little more than one: ten of those take 0.86 of the time with two at once instead of one.
 fn default_jobs(recipes: usize, cores: usize, available: Option<u64>, memory: u64) -> usize {
     let fit = available.map_or(usize::MAX, |bytes| usize::try_from(bytes / (memory + QEMU)).unwrap_or(usize::MAX));
-    recipes.min((cores / 2).max(1)).min(fit).max(1)
+    recipes.min(cores).min(fit).max(1)
 }
 
 /// `MemAvailable` of `/proc/meminfo`, in bytes.
@@ -298,7 +299,7 @@ mod tests {
 
     #[test]
     fn as_many_as_the_host_has_room_for() {
-        assert_eq!(default_jobs(10, 8, Some(64 * GIB), GIB), 4);
+        assert_eq!(default_jobs(10, 8, Some(64 * GIB), GIB), 8);
         assert_eq!(default_jobs(3, 8, Some(64 * GIB), GIB), 3);
         assert_eq!(default_jobs(10, 8, Some(3 * GIB), GIB), 2);
         assert_eq!(default_jobs(10, 8, Some(0), GIB), 1);
