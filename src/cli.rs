@@ -334,7 +334,7 @@ pub struct Publish {
     /// Only read, and print the requests that would be made, with what they need and cost by
     #[arg(long)]
     pub dry_run: bool,
-    /// Only check region, bucket, role, permissions and quotas
+    /// Only check name, region, bucket, role, parent, permissions and quotas
     #[arg(long, conflicts_with = "dry_run")]
     pub check: bool,
     /// Print the IAM policy that this publish needs, and nothing else; AWS is asked nothing
@@ -458,7 +458,7 @@ pub struct Direct {
     /// on nothing [default: the recipe's last snapshot whose block map this host has kept]
     #[arg(long, value_name = "[REGION=]SNAPSHOT")]
     pub parent: Vec<String>,
-    /// Block map of the disk that an earlier snapshot has, where this host hasn't kept it: `blocks` in that build's output
+    /// By EBS direct: block map of the disk that an earlier snapshot has, where this host hasn't kept it: `blocks` in that build's output
     /// folder; may be given several times
     #[arg(long, value_name = "FILE")]
     pub parent_blocks: Vec<PathBuf>,

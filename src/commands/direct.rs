@@ -17,7 +17,7 @@ pub(super) fn parents(arguments: &Publish, via: Via, regions: &[String]) -> Resu
         let before = match asked.split_once('=') {
             Some((region, _)) if !regions.iter().any(|one| one == region) => {
                 return Err(usage(format!("--parent {asked}: nothing is published to `{region}`"))
-                    .help("name it with --region too, or leave it out"));
+                    .help(format!("publish to it with --region {region} too, or leave out this --parent")));
             }
             Some((region, parent)) => parents.of_regions.insert(region.to_owned(), wanted(parent)?),
             None => parents.everywhere.replace(wanted(asked)?),
@@ -28,20 +28,25 @@ pub(super) fn parents(arguments: &Publish, via: Via, regions: &[String]) -> Resu
             );
         }
     }
+    let others = regions.iter().filter(|region| !parents.of_regions.contains_key(*region)).count();
     if let Some(Wanted::Snapshot(id)) = &parents.everywhere
         && via == Via::Ebs
-        && regions.len() > 1
+        && others > 1
     {
-        let message =
-            format!("--parent {id}: a snapshot is in one region, and the disk is written to {}", regions.len());
+        let message = format!("--parent {id}: a snapshot is in one region, and the disk is written to {others}");
         return Err(usage(message).help(format!(
             "write --parent REGION={id}, once for each region that has such a snapshot; the others find theirs by \
              themselves"
         )));
     }
-    let of_use = |wanted: &Wanted| *wanted != Wanted::Nothing;
-    let mut named = parents.everywhere.iter().chain(parents.of_regions.values()).peekable();
-    if !arguments.direct.parent_blocks.is_empty() && named.peek().is_some() && !named.any(of_use) {
+    // A region without a wish of its own finds its parent itself, unless no region is to.
+    let is_nothing = |wanted: Option<&Wanted>| wanted == Some(&Wanted::Nothing);
+    let of = |region: &String| parents.of_regions.get(region).or(parents.everywhere.as_ref());
+    let all_nothing = match regions {
+        [] => is_nothing(parents.everywhere.as_ref()),
+        regions => regions.iter().all(|region| is_nothing(of(region))),
+    };
+    if !arguments.direct.parent_blocks.is_empty() && all_nothing {
         return Err(usage("--parent-blocks is of no use with --parent none").help("leave out one of them"));
     }
     parents.maps = arguments.direct.parent_blocks.iter().map(|path| map(path)).collect::<Result<_, _>>()?;
@@ -61,9 +66,15 @@ fn none_asked(arguments: &Publish, via: Via) -> Result<(), Error> {
     ];
     match options.into_iter().find(|(given, _)| *given) {
         Some((_, option)) => Err(usage(format!("nothing is written block by block, so that {option} does nothing"))
-            .help(format!("leave out {option}, or publish with --via ebs"))),
+            .help(format!("leave out {option}, or publish with --via ebs and without --upload-only"))),
         None => Ok(()),
     }
+}
+
+/// Which blocks are left out of encrypted snapshots too; none: none are.
+pub(super) fn omitted(arguments: &Publish, in_recipe: bool, via: Via) -> Result<Option<String>, Error> {
+    let asked = via != Via::S3 && (arguments.direct.omit_holes || in_recipe);
+    asked.then(|| map(&arguments.outdir.join(BLOCKS)).map(|map| map.holes())).transpose()
 }
 
 fn wanted(text: &str) -> Result<Wanted, Error> {
@@ -128,6 +139,14 @@ mod tests {
         let twice = said("--parent eu-west-1=snap-12345678 --parent eu-west-1=none", Via::Ebs, &two);
         assert_eq!(twice, "--parent eu-west-1=none: that has its parent already");
         assert_eq!(said("--parent ami-12345678", Via::Ebs, &[]), "`ami-12345678` is not the id of a snapshot");
+        let lines = ["--parent none", "--parent eu-west-1=none --parent us-east-1=none"];
+        for line in lines {
+            let useless = said(&format!("{line} --parent-blocks x"), Via::Ebs, &two);
+            assert_eq!(useless, "--parent-blocks is of no use with --parent none");
+        }
+        // One of them may be built on what it finds.
+        let one = parents("--parent us-east-1=none --parent-blocks x", Via::Ebs, &two).unwrap_err();
+        assert!(one.message.starts_with("cannot read the block map `x`: "), "{}", one.message);
         let useless = said("--parent none --parent-blocks x", Via::Ebs, &[]);
         assert_eq!(useless, "--parent-blocks is of no use with --parent none");
         for option in ["--parent none", "--parent-blocks x", "--omit-holes"] {

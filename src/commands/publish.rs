@@ -205,7 +205,7 @@ fn request(manifest: &Manifest, arguments: &Publish, store: Option<Store>, event
         dry_run: arguments.dry_run,
         timeout: duration("--timeout", &arguments.timeout)?,
         parents: direct::parents(arguments, via, &regions)?,
-        omit_holes: via != Via::S3 && (arguments.direct.omit_holes || facts.omit_holes),
+        omit_holes: direct::omitted(arguments, facts.omit_holes, via)?,
         via,
         regions,
         release: release(manifest, arguments)?,

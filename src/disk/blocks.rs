@@ -4,6 +4,7 @@ use super::Error;
 use super::guid::hex;
 use sha2::{Digest as _, Sha256};
 use std::fmt;
+use std::sync::LazyLock;
 
 /// The length of a block in bytes: 512 KiB, the unit in which EBS direct takes a snapshot.
 pub const BLOCK: u64 = 512 << 10;
@@ -17,6 +18,14 @@ impl Digest {
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
         Self(Sha256::digest(bytes).into())
+    }
+
+    /// Of a whole block of zeros.
+    #[must_use]
+    pub fn of_zeros() -> Self {
+        static ZEROS: LazyLock<Digest> =
+            LazyLock::new(|| Digest::of(&vec![0; usize::try_from(BLOCK).unwrap_or_default()]));
+        *ZEROS
     }
 
     /// From 64 hexadecimal digits.
@@ -128,6 +137,14 @@ impl BlockMap {
         Digest(hasher.finalize().into())
     }
 
+    /// Which blocks are data and which are holes, in 16 hexadecimal digits: SHA-256 over the indices of those with data
+    /// (64-bit little-endian). Disks of one [`digest`](Self::digest) may differ in that.
+    #[must_use]
+    pub fn holes(&self) -> String {
+        let indices = self.data().fold(Sha256::new(), |hasher, (index, _)| hasher.chain_update(index.to_le_bytes()));
+        hex(&indices.finalize())[..16].to_owned()
+    }
+
     /// The indices of the blocks that read differently on the two disks; a block that only one of them has differs.
     #[must_use]
     pub fn differences(&self, other: &Self) -> Vec<u64> {
@@ -166,9 +183,8 @@ struct Zeros {
 
 impl Zeros {
     fn of(size: u64) -> Self {
-        let zeros = vec![0; usize::try_from(BLOCK).unwrap_or_default()];
         let last = usize::try_from(size % BLOCK).unwrap_or_default();
-        Self { whole: Digest::of(&zeros), last: Digest::of(&zeros[..last]) }
+        Self { whole: Digest::of_zeros(), last: Digest::of(&vec![0; last]) }
     }
 
     fn block(&self, len: u64) -> Digest {
@@ -179,6 +195,16 @@ impl Zeros {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn written_zeros_are_no_hole_and_read_the_same() {
+        let zeros = Digest::of(&vec![0; 512 << 10]);
+        let maps = [vec![], vec![(1, zeros)], vec![(2, zeros)]].map(|data| BlockMap::from_data(3 * BLOCK, data));
+        assert!(maps.iter().all(|map| map.digest() == maps[0].digest()));
+        let holes: std::collections::BTreeSet<_> = maps.iter().map(BlockMap::holes).collect();
+        assert_eq!(holes.len(), 3);
+        assert!(holes.iter().all(|holes| holes.len() == 16));
+    }
 
     #[test]
     fn the_digest_is_what_it_says() {

@@ -51,7 +51,7 @@ macro_rules! actions {
     };
 }
 
-// Tags that a thing gets when it is made need the permission to tag it.
+// Tags that a thing gets when it is made need the permission to tag it; versions of objects are deleted with one of their own.
 actions! {
     CompleteSnapshot "ebs:CompleteSnapshot" ["ebs:CompleteSnapshot"];
     PutSnapshotBlock "ebs:PutSnapshotBlock" ["ebs:PutSnapshotBlock"] Block;
@@ -77,7 +77,7 @@ actions! {
     AbortMultipartUpload "s3:AbortMultipartUpload" ["s3:AbortMultipartUpload"];
     CompleteMultipartUpload "s3:CompleteMultipartUpload" ["s3:PutObject"] S3Put;
     CreateMultipartUpload "s3:CreateMultipartUpload" ["s3:PutObject"] S3Put;
-    DeleteObject "s3:DeleteObject" ["s3:DeleteObject"];
+    DeleteObject "s3:DeleteObject" ["s3:DeleteObject", "s3:DeleteObjectVersion"];
     GetBucketLocation "s3:GetBucketLocation" ["s3:GetBucketLocation"] S3Get;
     HeadBucket "s3:HeadBucket" ["s3:ListBucket"] S3Get;
     HeadObject "s3:HeadObject" ["s3:GetObject", "s3:ListBucket"] S3Get;

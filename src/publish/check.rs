@@ -5,13 +5,21 @@
 //!
 //! Source: "Dry run" in "Common query parameters", Amazon EC2 API Reference.
 
-use aws_sdk_ec2::types::{BlockDeviceMapping, EbsBlockDevice, Tag};
+use std::time::SystemTime;
+
+use aws_sdk_ec2::primitives::DateTime;
+use aws_sdk_ec2::types::{
+    BlockDeviceMapping, CreateVolumePermission, CreateVolumePermissionModifications, EbsBlockDevice, LaunchPermission,
+    LaunchPermissionModifications, Tag,
+};
 use serde::Serialize;
 
 use super::failure::Failure;
+use super::found::{self, Found};
 use super::regions::Source;
-use super::{Job, Via, image, import, parent, preflight, quotas, rules};
+use super::{Job, Via, finish, image, import, parent, preflight, quotas, rules, share};
 use crate::error::Error;
+use crate::recipe::Protection;
 
 /// How one check ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -48,6 +56,8 @@ pub struct Checked {
 
 /// An image that is nowhere, for dry runs that name one.
 const NO_IMAGE: &str = "ami-00000000000000000";
+/// An account that is nobody's.
+const NOBODY: &str = "000000000000";
 /// A snapshot that is nowhere.
 const NO_SNAPSHOT: &str = "snap-00000000000000000";
 
@@ -56,6 +66,12 @@ pub(super) async fn check(job: &Job<'_>) -> Result<Vec<Checked>, Error> {
     let mut all = Vec::new();
     let mut note = |what: &str, verdict: Verdict| all.push(Checked { what: what.to_owned(), verdict });
     note("name", good(job, Box::pin(name(job))).await?);
+    if let Err(error) = rules::key_fits(job.request, &job.target.region) {
+        note("key", Verdict::Bad { detail: error.message, help: error.help });
+    }
+    if !job.request.release.share.is_empty() {
+        note("sharing", good(job, Box::pin(sharing(job))).await?);
+    }
     let sends = matches!(job.source, Source::Disk(_));
     if sends && job.request.via != Via::Ebs && !job.target.bucket.is_empty() {
         note("bucket", good(job, Box::pin(bucket(job))).await?);
@@ -74,7 +90,10 @@ pub(super) async fn check(job: &Job<'_>) -> Result<Vec<Checked>, Error> {
     for (call, answer) in dry_runs(job, sends).await? {
         note(call, permitted(job, answer));
     }
-    all.extend(Box::pin(quotas::check(job)).await?);
+    // What can't be found is made.
+    let found = Box::pin(found::look(job)).await.unwrap_or(Found::Nothing);
+    job.stop.check("the checks")?;
+    all.extend(Box::pin(quotas::check(job, &found)).await?);
     Ok(all)
 }
 
@@ -99,6 +118,11 @@ async fn name(job: &Job<'_>) -> Result<String, Error> {
     }
 }
 
+async fn sharing(job: &Job<'_>) -> Result<String, Error> {
+    share::permitted(&job.place(), &finish::sharing(job)).await?;
+    Ok("the account's settings allow it".to_owned())
+}
+
 async fn bucket(job: &Job<'_>) -> Result<String, Error> {
     preflight::bucket_is_near(job).await?;
     Ok(format!("`{}` is in {}", job.target.bucket, job.target.region))
@@ -121,7 +145,7 @@ async fn parent_verdict(job: &Job<'_>) -> Result<Option<Verdict>, Error> {
 }
 
 async fn encryption(job: &Job<'_>) -> Result<Verdict, Error> {
-    let holes = if job.request.omit_holes { "holes are left out all the same" } else { "holes are sent too" };
+    let holes = if job.request.omit_holes.is_some() { "holes are left out all the same" } else { "holes are sent too" };
     let encrypted = Verdict::Good { detail: format!("new snapshots are encrypted: {holes}") };
     if job.request.encryption.is_some() {
         return Ok(encrypted);
@@ -154,11 +178,31 @@ async fn dry_runs(job: &Job<'_>, sends: bool) -> Result<Answers, Error> {
         let register = ec2.register_image().name(name).root_device_name(device).block_device_mappings(mapping);
         ask!("ec2:RegisterImage", register.architecture(image::architecture(job.request.arch)));
     } else {
-        let source = job.request.regions.first().map_or("", String::as_str);
+        let source = if let Source::Copy(home) = &job.source { home.region.as_str() } else { "" };
         ask!("ec2:CopyImage", ec2.copy_image().name(name).source_region(source).source_image_id(NO_IMAGE));
     }
     let tag = Tag::builder().key(rules::NAME_TAG).value(&job.request.name).build();
     ask!("ec2:CreateTags", ec2.create_tags().resources(NO_SNAPSHOT).tags(tag));
+    let release = &job.request.release;
+    if !release.share.is_empty() {
+        let account = LaunchPermission::builder().user_id(NOBODY).build();
+        let add = LaunchPermissionModifications::builder().add(account).build();
+        ask!("ec2:ModifyImageAttribute", ec2.modify_image_attribute().image_id(NO_IMAGE).launch_permission(add));
+    }
+    if release.share_snapshots {
+        let account = CreateVolumePermission::builder().user_id(NOBODY).build();
+        let add = CreateVolumePermissionModifications::builder().add(account).build();
+        let modify = ec2.modify_snapshot_attribute().snapshot_id(NO_SNAPSHOT);
+        ask!("ec2:ModifySnapshotAttribute", modify.create_volume_permission(add));
+    }
+    if let Some(after) = release.deprecate_after {
+        let at = DateTime::from(SystemTime::now() + after);
+        ask!("ec2:EnableImageDeprecation", ec2.enable_image_deprecation().image_id(NO_IMAGE).deprecate_at(at));
+    }
+    if release.protection != Protection::Off {
+        let protect = ec2.enable_image_deregistration_protection().image_id(NO_IMAGE);
+        ask!("ec2:EnableImageDeregistrationProtection", protect);
+    }
     ask!("ec2:DeregisterImage", ec2.deregister_image().image_id(NO_IMAGE));
     ask!("ec2:DeleteSnapshot", ec2.delete_snapshot().snapshot_id(NO_SNAPSHOT));
     Ok(answers)

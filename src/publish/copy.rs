@@ -34,6 +34,8 @@ pub(super) struct Source {
     pub(super) description: Option<String>,
     /// All but AWS's own.
     pub(super) tags: Vec<(String, String)>,
+    /// It has volumes of other snapshots than the disk's.
+    pub(super) has_others: bool,
 }
 
 impl Source {
@@ -46,6 +48,7 @@ impl Source {
             name: image.name()?.to_owned(),
             description: image.description().filter(|words| !words.is_empty()).map(str::to_owned),
             tags: image.tags().iter().filter_map(pair).filter(|(key, _)| !key.starts_with("aws:")).collect(),
+            has_others: snapshots(image).len() > 1,
         })
     }
 
@@ -189,8 +192,12 @@ async fn start(place: &Place, order: &Order, token: &str, begun: &mut Option<Beg
 async fn send(place: &Place, order: &Order, token: &str) -> Result<String, Failure> {
     let tags: Vec<Tag> =
         tags(order).into_iter().map(|(key, value)| Tag::builder().key(key).value(value).build()).collect();
-    let tagged = |kind| TagSpecification::builder().resource_type(kind).set_tags(Some(tags.clone())).build();
-    let specifications = [ResourceType::Image, ResourceType::Snapshot].map(tagged).to_vec();
+    // All snapshots of the copy get the same tags: where not all are the disk's, none may say so, or another volume's would
+    // be taken for the disk.
+    let is_of_all = |tag: &&Tag| !(order.source.has_others && tag.key() == Some(rules::DIGEST_TAG));
+    let of_snapshots = tags.iter().filter(is_of_all).cloned().collect();
+    let tagged = |kind, tags| TagSpecification::builder().resource_type(kind).set_tags(Some(tags)).build();
+    let specifications = vec![tagged(ResourceType::Image, tags.clone()), tagged(ResourceType::Snapshot, of_snapshots)];
     let call = place
         .clients
         .ec2
@@ -387,7 +394,7 @@ pub(super) async fn take_back(place: &Place, id: &str) -> Result<(), String> {
 /// ami-… from `SourceAmi` …".
 async fn snapshots_of_copy(place: &Place, id: &str) -> Vec<String> {
     let mut ids = image::describe(&place.clients, id).await.map(|image| snapshots(&image)).unwrap_or_default();
-    let kilns = Filter::builder().name("tag-key").values(rules::DIGEST_TAG).build();
+    let kilns = Filter::builder().name("tag-key").values(rules::NAME_TAG).build();
     let call = place.clients.ec2.describe_snapshots().owner_ids("self").filters(kilns);
     if let Ok(answer) = call.send().await {
         let words = format!("DestinationAmi {id} ");
@@ -411,6 +418,7 @@ mod tests {
             name: "web-1".to_owned(),
             description: None,
             tags: tags.map(|(key, value)| (key.to_owned(), value.to_owned())).to_vec(),
+            has_others: false,
         };
         Order { name: source.name.clone(), source, kms_key: None, replaces: Vec::new() }
     }

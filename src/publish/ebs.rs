@@ -112,7 +112,7 @@ pub(super) async fn upload(
 /// Which blocks are sent, in order, with what they have. Zeros that were written are data, also where the parent has a hole;
 /// a hole where the parent has data is sent, whatever `holes` says of the others: nothing of an earlier disk may be read.
 fn blocks(map: &BlockMap, parent: Option<&BlockMap>, holes: bool) -> Blocks {
-    let zeros = Digest::of(&vec![0; usize::try_from(BLOCK).unwrap_or_default()]);
+    let zeros = Digest::of_zeros();
     let is_sent = |(index, own): &(u64, Option<Digest>)| match (own, parent.map(|parent| parent.block(*index))) {
         (None, None) => holes,
         (None, Some(theirs)) => theirs.is_some_and(|theirs| theirs != zeros),
@@ -219,7 +219,7 @@ fn blocks_of_begun(job: &Job<'_>, map: &BlockMap, begun: &Begun) -> Option<Block
     let request = job.request;
     let alike = begun.digest == request.digest
         && begun.encryption == asked_encryption(job)
-        && begun.omit_holes == request.omit_holes
+        && begun.omit_holes == request.omit_holes.is_some()
         && request.parents.allow(&job.target.region, begun.parent.as_deref());
     if !alike {
         return None;
@@ -292,7 +292,7 @@ async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Result<
             }
             (Err(failure), Some(refused)) if refused.asked => return Err(refused.refused(job, failure)),
             // Its key may be gone, or it may be itself since it was looked at.
-            (Err(failure), Some(refused)) if !failure.is_passing() && !failure.is_denied() => {
+            (Err(failure), Some(refused)) if parent::is_refused(&failure) => {
                 let why = failure.reason();
                 job.events.detail(format!("all is sent, because {} can't be built on: {why}", refused.snapshot));
                 parent = None;
@@ -304,7 +304,7 @@ async fn start(job: &Job<'_>, undo: &mut Undo, map: &BlockMap) -> Result<Result<
         }
     };
     job.events.detail(format!("snapshot {snapshot}"));
-    let omit_holes = job.request.omit_holes;
+    let omit_holes = job.request.omit_holes.is_some();
     let blocks = blocks(map, parent.as_ref().map(|parent| &parent.map), encrypted && !omit_holes);
     let begun = Begun {
         snapshot,

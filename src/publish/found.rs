@@ -38,7 +38,8 @@ pub(super) async fn look(job: &Job<'_>) -> Result<Found, Error> {
     let fits = |snapshot: &&Snapshot| {
         is_whole(job, snapshot)
             && is_encrypted_as_asked(request, region, snapshot)
-            && has_holes_as_asked(request, snapshot)
+            // Of a disk that reads the same, other blocks may have been left out.
+            && left_out(snapshot).is_none_or(|left_out| request.omit_holes.as_deref() == Some(left_out))
     };
     if let Some(id) = snapshots.iter().find(fits).and_then(Snapshot::snapshot_id) {
         return Ok(Found::Snapshot { id: id.to_owned() });
@@ -130,10 +131,10 @@ pub(super) fn is_encrypted_as_asked(request: &Request, region: &str, snapshot: &
         && (asked.is_none() || snapshot.encrypted() == Some(true))
 }
 
-/// Whether the snapshot's holes read as zeros, or may be anything. Its tag alone decides: that the holes of one that isn't
-/// encrypted do so all the same saves nothing but an upload of few blocks.
-pub(super) fn has_holes_as_asked(request: &Request, snapshot: &Snapshot) -> bool {
-    request.omit_holes || tag(snapshot.tags(), rules::HOLES_TAG).is_none()
+/// Which of an encrypted snapshot's blocks were left out and may read as anything, as [`crate::disk::BlockMap::holes`] tells
+/// it; none: all of it reads as its disk.
+pub(super) fn left_out(snapshot: &Snapshot) -> Option<&str> {
+    tag(snapshot.tags(), rules::HOLES_TAG).filter(|_| snapshot.encrypted() != Some(false))
 }
 
 /// The value of a tag.

@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -44,6 +44,8 @@ pub(super) struct Journal {
     path: PathBuf,
     /// None where it can't be kept.
     file: Option<File>,
+    /// Its last line is whole.
+    ended: bool,
     /// How long ago an earlier run last wrote to it.
     age: Duration,
     blocks: BTreeSet<u64>,
@@ -75,7 +77,7 @@ impl Journal {
     /// Looks for the journal of an earlier publish from here to this region.
     pub(super) fn find(disk: &Path, region: &str) -> Found {
         let path = path(disk, region);
-        let Ok(mut file) = OpenOptions::new().read(true).append(true).open(&path) else { return Found::Nothing };
+        let Ok(file) = OpenOptions::new().read(true).append(true).open(&path) else { return Found::Nothing };
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Found::Busy,
@@ -90,12 +92,11 @@ impl Journal {
         let sealed = words.iter().any(|word| word == SEALED);
         let modified = file.metadata().and_then(|metadata| metadata.modified());
         let age = modified.ok().and_then(|time| time.elapsed().ok()).unwrap_or(Duration::MAX);
-        // What was cut short ends here.
-        let ended = file.seek(SeekFrom::End(0)).and_then(|_| file.write_all(b"\n"));
-        let journal = Self { path, file: Some(file), age, blocks, sealed };
+        // A dry run looks too, and leaves it as it is.
+        let journal = Self { path, file: Some(file), ended: false, age, blocks, sealed };
         match (asked, begun) {
-            (Some(_), Some(begun)) if ended.is_ok() => Found::Left(journal, begun),
-            (Some(asked), None) if ended.is_ok() => Found::Asked(journal, asked.run),
+            (Some(_), Some(begun)) => Found::Left(journal, begun),
+            (Some(asked), None) => Found::Asked(journal, asked.run),
             _ => Found::Nothing,
         }
     }
@@ -105,7 +106,7 @@ impl Journal {
         let path = path(disk, region);
         let file = OpenOptions::new().append(true).create(true).open(&path).ok();
         let file = file.filter(|file| file.try_lock().is_ok() && file.set_len(0).is_ok());
-        let mut journal = Self { path, file, age: Duration::ZERO, blocks: BTreeSet::new(), sealed: false };
+        let mut journal = Self { path, file, ended: true, age: Duration::ZERO, blocks: BTreeSet::new(), sealed: false };
         journal.write_header(&Asked { run: run.to_owned() });
         journal
     }
@@ -154,7 +155,8 @@ impl Journal {
 
     fn write_line(&mut self, line: &str) {
         if let Some(file) = &mut self.file {
-            let _ = file.write_all(format!("{line}\n").as_bytes());
+            let start = if self.ended { "" } else { "\n" };
+            self.ended = file.write_all(format!("{start}{line}\n").as_bytes()).is_ok();
         }
     }
 

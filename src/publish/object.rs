@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use aws_sdk_s3::types::{ChecksumAlgorithm, ChecksumMode, ServerSideEncryption};
 
 use super::failure::{Failure, Kind};
+use super::parts::{Digest, Part, base64};
 use super::{Job, ObjectEncryption};
 use crate::error::{Error, Exit};
 
@@ -106,6 +107,13 @@ pub(super) struct Stored {
     /// As S3 writes it.
     pub(super) sha256: String,
     pub(super) etag: String,
+}
+
+impl Stored {
+    /// Whether it is this part.
+    pub(super) fn is(&self, part: Part, digest: &Digest) -> bool {
+        self.size == part.length && self.sha256 == base64(digest)
+    }
 }
 
 /// The parts of an unfinished upload, by their numbers.

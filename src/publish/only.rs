@@ -45,7 +45,7 @@ pub fn upload_only(request: &Request, events: &Events, cancel: &Cancel) -> Resul
     let mut request = request.clone();
     (request.via, request.object.keep) = (Via::S3, true);
     // The recipe's wish for a publish that writes blocks.
-    request.omit_holes = false;
+    request.omit_holes = None;
     rules::check(&request)?;
     cancel.check()?;
     with_runtime(request.parallel, |runtime| {

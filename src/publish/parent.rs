@@ -65,10 +65,16 @@ pub(super) struct Parent {
 impl Parent {
     /// What to say if AWS doesn't build on it although it was asked for.
     pub(super) fn refused(&self, job: &Job<'_>, failure: Failure) -> Error {
-        let final_word = !failure.is_passing() && !failure.is_denied();
+        let is_refused = is_refused(&failure);
         let error = ebs::start_failed(job, failure).with_note(format!("it was to be built on {}", self.snapshot));
-        if final_word { error.help(OTHERWISE) } else { error }
+        if is_refused { error.help(OTHERWISE) } else { error }
     }
+}
+
+/// Whether it may be the parent that AWS refuses: its key may be gone, or it may be itself. A quota, or credentials that have
+/// expired, would be in the way of any other too.
+pub(super) fn is_refused(failure: &Failure) -> bool {
+    matches!(failure.code.as_str(), "ConflictException" | "ResourceNotFoundException" | "ValidationException")
 }
 
 /// What helps against a parent that doesn't fit, whatever is wrong with it.
@@ -114,7 +120,7 @@ async fn asked(job: &Job<'_>, id: &str, encrypts: bool) -> Result<Parent, Error>
         return Err(Error::new(Exit::Publish, format!("can't build on {id} in {region}: {message}")).help(help));
     }
     let digest = found::tag(snapshot.tags(), rules::DIGEST_TAG).unwrap_or_default();
-    match map_of(job, id, digest) {
+    match map_of(job, &snapshot) {
         Some(map) => Ok(Parent { snapshot: id.to_owned(), map, asked: true }),
         None => Err(no_map(job.request, id, digest)),
     }
@@ -128,17 +134,21 @@ async fn last(job: &Job<'_>, encrypts: bool) -> Result<Option<Parent>, Error> {
     snapshots.retain(|snapshot| fits(job.request, &job.target.region, snapshot, encrypts).is_ok());
     snapshots.sort_by_key(|snapshot| std::cmp::Reverse(snapshot.start_time().map(DateTime::secs)));
     let with_map = |snapshot: &Snapshot| {
-        let id = snapshot.snapshot_id()?;
-        let map = map_of(job, id, found::tag(snapshot.tags(), rules::DIGEST_TAG)?)?;
-        Some(Parent { snapshot: id.to_owned(), map, asked: false })
+        Some(Parent { snapshot: snapshot.snapshot_id()?.to_owned(), map: map_of(job, snapshot)?, asked: false })
     };
     Ok(snapshots.iter().find_map(with_map))
 }
 
-/// The block map of a snapshot of the disk with this digest, as large as the new one. A map that is damaged has another.
-fn map_of(job: &Job<'_>, snapshot: &str, digest: &str) -> Option<BlockMap> {
-    let size = job.request.size * GIB;
-    maps(job, snapshot).find(|map| map.size() == size && map.digest().to_string() == digest)
+/// The snapshot's block map, as large as the new disk. A map that is damaged has another digest.
+fn map_of(job: &Job<'_>, snapshot: &Snapshot) -> Option<BlockMap> {
+    let (size, digest) = (job.request.size * GIB, found::tag(snapshot.tags(), rules::DIGEST_TAG)?);
+    let fits = |map: &BlockMap| {
+        map.size() == size
+            && map.digest().to_string() == digest
+            // Of a disk that reads the same, other blocks may have been left out.
+            && found::left_out(snapshot).is_none_or(|left_out| map.holes() == left_out)
+    };
+    maps(job, snapshot.snapshot_id()?).find(fits)
 }
 
 /// All maps at hand that may be the snapshot's.
@@ -169,7 +179,8 @@ fn fits(request: &Request, region: &str, snapshot: &Snapshot, encrypts: bool) ->
     match snapshot.state() {
         Some(SnapshotState::Completed) => {}
         Some(SnapshotState::Pending) => {
-            return Err(("it is not completed yet".to_owned(), "wait until it is, then publish again".to_owned()));
+            let help = format!("wait until it is, then publish again; or {OTHERWISE}");
+            return Err(("it is not completed yet".to_owned(), help));
         }
         state => return otherwise(format!("its state is `{}`", state.map_or("unknown", SnapshotState::as_str))),
     }
@@ -187,7 +198,7 @@ fn fits(request: &Request, region: &str, snapshot: &Snapshot, encrypts: bool) ->
     if size != request.size {
         return otherwise(format!("it has {size} GiB and the disk {}, and they must be as large", request.size));
     }
-    if !found::has_holes_as_asked(request, snapshot) {
+    if found::left_out(snapshot).is_some() && request.omit_holes.is_none() {
         let help = format!("publish with --omit-holes too; or {OTHERWISE}");
         return Err(("it was published with --omit-holes, so that its holes don't read as zeros".to_owned(), help));
     }
@@ -249,9 +260,11 @@ mod tests {
             assert_eq!(said, format!("it has {size} GiB and the disk 4, and they must be as large"));
         }
 
-        let noisy = snapshot(&[disk, (rules::HOLES_TAG, rules::OMITTED)], |one| one);
+        let noisy = snapshot(&[disk, (rules::HOLES_TAG, "0f")], |one| one.encrypted(true));
         assert!(plain(&noisy).starts_with("it was published with --omit-holes, "));
-        assert_eq!(why(&Request { omit_holes: true, ..request.clone() }, &noisy, false), "");
+        assert_eq!(why(&Request { omit_holes: Some("0f".to_owned()), ..request.clone() }, &noisy, false), "");
+        let not_encrypted = snapshot(&[disk, (rules::HOLES_TAG, "0f")], |one| one);
+        assert_eq!(plain(&not_encrypted), "", "its holes read as zeros");
 
         let of_default = snapshot(&[disk, (rules::ENCRYPTION_TAG, "default")], |one| one.encrypted(true));
         let of_account = snapshot(&[disk], |one| one.encrypted(true));

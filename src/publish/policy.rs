@@ -86,8 +86,15 @@ fn bucket(request: &Request) -> [Value; 2] {
     let bucket = format!("arn:{partition}:s3:::{}", rules::bucket(request).unwrap_or("*"));
     let keys = format!("{bucket}/{}*", rules::key_stem_of_all(request));
     let of_bucket = ["s3:GetBucketLocation", "s3:ListBucket", "s3:ListBucketMultipartUploads"];
-    let of_objects =
-        ["s3:AbortMultipartUpload", "s3:DeleteObject", "s3:GetObject", "s3:ListMultipartUploadParts", "s3:PutObject"];
+    let of_objects = [
+        "s3:AbortMultipartUpload",
+        "s3:DeleteObject",
+        // Where the bucket keeps versions.
+        "s3:DeleteObjectVersion",
+        "s3:GetObject",
+        "s3:ListMultipartUploadParts",
+        "s3:PutObject",
+    ];
     [statement("Bucket", &of_bucket, json!(bucket)), statement("Objects", &of_objects, json!(keys))]
 }
 

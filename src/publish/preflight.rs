@@ -118,8 +118,16 @@ async fn plan_snapshot(job: &Job<'_>, way: &mut Way) -> Result<Option<Way>, Erro
             let requests = other.steps.step(format!("look at the bucket `{}`", job.target.bucket));
             requests.extend(&refused).exactly(HeadBucket, 1).add(GetBucketLocation, Count::at_most(1));
             requests.exactly(ImportSnapshot, 1);
-            Box::pin(plan_through_bucket(job, &mut other)).await?;
-            Ok(Some(other))
+            match Box::pin(plan_through_bucket(job, &mut other)).await {
+                Ok(()) => Ok(Some(other)),
+                // As long as EBS direct is permitted nothing is asked of the bucket.
+                Err(error) => {
+                    job.stop.check("the other way")?;
+                    job.events
+                        .note(format!("there is no other way, should EBS direct not be permitted: {}", error.message));
+                    Ok(None)
+                }
+            }
         }
     }
 }

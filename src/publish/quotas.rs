@@ -14,6 +14,7 @@ use aws_sdk_ec2::types::Filter;
 
 use super::check::{Checked, Verdict};
 use super::failure::{Failure, Kind};
+use super::found::Found;
 use super::{Job, Request};
 use crate::error::Error;
 use crate::recipe::Grantee;
@@ -63,11 +64,11 @@ const PAGE: i32 = 1000;
 /// How many pages are looked at.
 const PAGES: usize = 100;
 
-/// Looks at each quota that the request meets.
-pub(super) async fn check(job: &Job<'_>) -> Result<Vec<Checked>, Error> {
+/// Looks at each quota that the request meets, where this is there already.
+pub(super) async fn check(job: &Job<'_>, found: &Found) -> Result<Vec<Checked>, Error> {
     let mut all = Vec::new();
     let mut silent: Option<Failure> = None;
-    for quota in met(job.request) {
+    for quota in met(job.request, found) {
         let answer = match &silent {
             // Where nobody answers once, nobody would for each of them, and each time after a long wait.
             Some(failure) => Err(failure.clone()),
@@ -88,9 +89,15 @@ pub(super) async fn check(job: &Job<'_>) -> Result<Vec<Checked>, Error> {
     Ok(all)
 }
 
-fn met(request: &Request) -> Vec<Quota> {
-    let public = request.release.share.contains(&Grantee::Everyone);
-    [IMAGES, SNAPSHOTS].into_iter().chain(public.then_some(PUBLIC_IMAGES)).collect()
+fn met(request: &Request, found: &Found) -> Vec<Quota> {
+    // A public image that is replaced makes room for the new one, which is shared later.
+    let public = request.release.share.contains(&Grantee::Everyone) && !request.force;
+    let met = match found {
+        Found::Image(_) => return Vec::new(),
+        Found::Snapshot { .. } => vec![IMAGES],
+        Found::Task { .. } | Found::Nothing => vec![IMAGES, SNAPSHOTS],
+    };
+    met.into_iter().chain(public.then_some(PUBLIC_IMAGES)).collect()
 }
 
 /// How many there are, and how many there may be.

@@ -120,8 +120,9 @@ pub struct Request {
     pub object: ObjectOptions,
     /// What snapshots are built on that are written block by block.
     pub parents: Parents,
-    /// Holes are left out of those also where they are encrypted, and read as noise there.
-    pub omit_holes: bool,
+    /// Holes are left out of those also where they are encrypted, and read as noise there: which blocks those are, as
+    /// [`BlockMap::holes`](crate::disk::BlockMap::holes) tells it.
+    pub omit_holes: Option<String>,
 }
 
 /// Texts whose `{date}` and `{time}` are not filled in: the same disk published again makes no other image for those.
@@ -175,6 +176,6 @@ pub(super) fn example() -> Request {
         force: false,
         object: ObjectOptions::default(),
         parents: Parents::default(),
-        omit_holes: false,
+        omit_holes: None,
     }
 }

@@ -20,12 +20,12 @@ pub(super) const NAME_TAG: &str = "kiln:name";
 pub(super) const SETTINGS_TAG: &str = "kiln:settings";
 /// The tag that encrypted snapshots have, and the tasks that import them: [`encryption`].
 pub(super) const ENCRYPTION_TAG: &str = "kiln:encryption";
-/// The tag of images and snapshots whose holes may be noise: they were made with --omit-holes.
+/// The tag of images and snapshots whose holes may be noise, because they were made with --omit-holes: it tells which blocks
+/// those are.
 pub(super) const HOLES_TAG: &str = "kiln:holes";
-/// Its value.
-pub(super) const OMITTED: &str = "omitted";
-/// In GiB. S3 takes 10,000 parts of 5 GiB in an object, which is less than the largest volume.
-const LARGEST_OBJECT: u64 = 50_000;
+/// In GiB. S3 takes 10,000 parts of 5 GiB in an object, and kiln's are at least half as long as the longest (`parts`): less than
+/// the largest volume.
+const LARGEST_OBJECT: u64 = 25_000;
 /// In GiB.
 const LARGEST_SNAPSHOT: u64 = 65_536;
 
@@ -65,7 +65,7 @@ pub(super) fn check(request: &Request) -> Result<(), Error> {
 fn imports(request: &Request) -> Result<(), Error> {
     let what = if request.parents != Parents::default() {
         "an import builds on no other snapshot"
-    } else if request.omit_holes {
+    } else if request.omit_holes.is_some() {
         "an import leaves no holes out"
     } else {
         return Ok(());
@@ -123,7 +123,7 @@ fn keys(request: &Request) -> Result<(), Error> {
 }
 
 fn tags(request: &Request) -> Result<(), Refusal> {
-    let of_choice = usize::from(request.encryption.is_some()) + usize::from(request.omit_holes);
+    let of_choice = usize::from(request.encryption.is_some()) + usize::from(request.omit_holes.is_some());
     let mut of_snapshot = request.tags.clone();
     of_snapshot.extend(request.snapshot_tags.clone());
     aws::tag_count(of_snapshot.len(), of_choice)?;
@@ -218,7 +218,7 @@ pub(super) fn tag_pairs(request: &Request) -> Vec<(String, String)> {
     pairs.insert(DIGEST_TAG.to_owned(), request.digest.clone());
     pairs.insert(NAME_TAG.to_owned(), request.name.clone());
     // The image has it too, because the snapshots of its copies get the image's tags.
-    pairs.extend(request.omit_holes.then(|| (HOLES_TAG.to_owned(), OMITTED.to_owned())));
+    pairs.extend(request.omit_holes.clone().map(|holes| (HOLES_TAG.to_owned(), holes)));
     pairs.into_iter().collect()
 }
 
@@ -249,7 +249,7 @@ pub(super) fn settings(request: &Request, region: &str) -> String {
     add("sriov", request.sriov.then_some(Value::Bool(true)));
     add("ena", (!request.ena).then_some(Value::Bool(false)));
     add("encryption", encryption(request, region).map(|encryption| json!(encryption)));
-    add("omit_holes", request.omit_holes.then_some(Value::Bool(true)));
+    add("omit_holes", request.omit_holes.as_ref().map(|holes| json!(holes)));
     add("snapshot_tags", (!snapshot_tags.is_empty()).then(|| json!(snapshot_tags)));
     let text = if let [only] = &all[..] { only.to_string() } else { json!(all).to_string() };
     hex(&Sha256::digest(text))[..16].to_owned()
@@ -328,6 +328,10 @@ mod tests {
     use super::super::{ObjectOptions, Wanted};
     use super::*;
     use crate::recipe::{DiskFormat, Volume, VolumeType};
+
+    fn holes() -> Option<String> {
+        Some("0123456789abcdef".to_owned())
+    }
 
     fn refused(change: impl FnOnce(&mut Request)) -> String {
         let mut request = request();
@@ -425,10 +429,10 @@ mod tests {
         assert_eq!(refused(|r| r.encryption = Some(keyed("mine"))), "`mine` is not a KMS key");
         let direct = refused(|r| (r.encryption, r.via) = (Some(keyed("alias/mine")), Via::Ebs));
         assert_eq!(direct, "EBS direct takes a KMS key only by its ARN, and `alias/mine` is none");
-        assert_eq!(refused(|r| r.omit_holes = true), "an import leaves no holes out");
+        assert_eq!(refused(|r| r.omit_holes = holes()), "an import leaves no holes out");
         let on_none = Parents { everywhere: Some(Wanted::Nothing), ..Parents::default() };
         assert_eq!(refused(|r| r.parents = on_none.clone()), "an import builds on no other snapshot");
-        check(&Request { via: Via::Auto, omit_holes: true, parents: on_none, ..request() }).unwrap();
+        check(&Request { via: Via::Auto, omit_holes: holes(), parents: on_none, ..request() }).unwrap();
         let many = |r: &mut Request| {
             r.tags = (0..40).map(|n| (format!("a{n}"), String::new())).collect();
             r.snapshot_tags = (0..7).map(|n| (format!("b{n}"), String::new())).collect();
@@ -500,7 +504,7 @@ mod tests {
             &|r| r.ena = false,
             &|r| r.encryption = Some(elsewhere.clone()),
             &|r| r.encryption = Some(keyed("alias/a")),
-            &|r| r.omit_holes = true,
+            &|r| r.omit_holes = holes(),
         ];
         let mut all: Vec<_> = changes.iter().map(|change| settings(change)).chain([same]).collect();
         all.sort();

@@ -93,20 +93,32 @@ pub(super) struct Sender {
 /// Sends what S3 doesn't have of a raw disk.
 pub(super) async fn all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Sending, Error> {
     let mut sent = Vec::with_capacity(sender.parts.all.len());
-    let mut waiting = sender.parts.all.clone().into_iter().peekable();
+    let of = |zeros: bool| sender.parts.all.clone().into_iter().filter(move |part| part.zeros == zeros).peekable();
+    let (mut data, mut zeros) = (of(false), of(true));
     let mut running: JoinSet<Result<Sent, Lost>> = JoinSet::new();
+    // How many of them are on their way: of data, and of zeros.
+    let (mut sending, mut copying) = (0, 0);
+    let parallel = job.request.parallel.max(1);
     let mut progress = Progress::of(sender);
     progress.tell(sender);
     loop {
-        // A copy costs the line nothing.
-        let most = |part: &Part| job.request.parallel.max(1) * if sender.is_copied(*part) { COPIES_BESIDE } else { 1 };
-        while let Some(part) = waiting.next_if(|part| running.len() < most(part)) {
+        while let Some(part) = data.next_if(|_| sending < parallel) {
+            sending += 1;
+            running.spawn(Arc::clone(sender).send(part));
+        }
+        // A copy costs the line nothing: only zeros that are sent wait for data.
+        while let Some(part) = zeros.next_if(|part| match sender.is_copied(*part) {
+            true => copying < parallel * COPIES_BESIDE,
+            false => sending + copying < parallel,
+        }) {
+            copying += 1;
             running.spawn(Arc::clone(sender).send(part));
         }
         // What still runs is ended with the set, when this returns.
         let Some(ended) = job.stop.or("the upload", running.join_next()).await? else { break };
         match ended.unwrap_or_else(|error| Err(Lost::Bug(error))) {
             Ok(one) => {
+                *(if one.part.zeros { &mut copying } else { &mut sending }) -= 1;
                 progress.ended(sender, &one);
                 sent.push(one);
                 progress.tell(sender);
@@ -129,7 +141,7 @@ pub(super) fn plan(parts: &Parts, file: &File, stored: &StoredParts, copies: boo
     for part in &parts.all {
         let there = stored.get(&part.number).filter(|stored| stored.size == part.length);
         if let Some(there) = there
-            && there.sha256 == parts::base64(&parts.digest(file, *part)?)
+            && there.is(*part, &parts.digest(file, *part)?)
         {
             continue;
         }
@@ -177,7 +189,7 @@ impl Progress {
 impl Sender {
     /// Whether the part is expected to be copied.
     fn is_copied(&self, part: Part) -> bool {
-        part.zeros && self.zeros.as_ref().is_some_and(Zeros::serve)
+        part.zeros && self.zeros.as_ref().is_some_and(|zeros| zeros.has(part.length))
     }
 
     async fn send(self: Arc<Self>, part: Part) -> Result<Sent, Lost> {
@@ -187,7 +199,7 @@ impl Sender {
         if let Some(kept) = self.line.kept(part, digest) {
             return Ok(kept);
         }
-        if part.zeros
+        if self.is_copied(part)
             && let Some(copied) = self.copy(part, digest).await
         {
             return Ok(copied);
@@ -260,9 +272,8 @@ impl Line {
 
     /// The part, if S3 has it.
     pub(super) fn kept(&self, part: Part, digest: Digest) -> Option<Sent> {
-        let stored = self.stored.get(&part.number)?;
-        let same = stored.size == part.length && stored.sha256 == parts::base64(&digest);
-        same.then(|| Sent { part, digest, etag: stored.etag.clone(), how: How::Kept })
+        let stored = self.stored.get(&part.number).filter(|stored| stored.is(part, &digest))?;
+        Some(Sent { part, digest, etag: stored.etag.clone(), how: How::Kept })
     }
 
     /// Sends a part, again while that fails for reasons that pass.

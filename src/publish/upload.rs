@@ -85,10 +85,10 @@ pub(super) async fn plan(job: &Job<'_>, way: &mut Way) -> Result<u64, Error> {
     let (zeros, [sent, copied], words, bytes) = match &disk.form {
         Form::Raw(parts) => {
             let zeros = Box::pin(zeros::plan(job, parts, stored.as_ref())).await?;
-            let amounts = disk.amounts(job, parts, stored.unwrap_or_default(), zeros.serve).await?;
+            let amounts = disk.amounts(job, parts, stored.unwrap_or_default(), zeros.copies).await?;
             let data = Size(parts.data());
             let from = format!(", zeros from s3://{}, which is deleted then", zeros::place(job));
-            let from = if zeros.serve { from.as_str() } else { "" };
+            let from = if zeros.copies { from.as_str() } else { "" };
             let words = format!("in {} parts ({data} in parts with data{there}){from}", parts.all.len());
             (zeros, amounts.map(|(count, bytes)| [count, bytes].map(Count::exactly)), words, Count::exactly(size))
         }

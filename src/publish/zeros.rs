@@ -18,6 +18,7 @@ use super::retry::{Try, s3_once};
 use super::undo::{Made, Undo};
 use super::{Job, object, send};
 use crate::error::Error;
+use crate::units::MIB;
 
 /// Fewer parts of zeros than this are sent: the object takes a request to make and one to delete.
 const FEW: usize = 4;
@@ -80,16 +81,20 @@ pub(super) async fn make(
 
 /// The zeros that are kept in S3, with their digest, if enough of their copies are missing in what S3 has `stored`.
 fn needed(parts: &Parts, stored: Option<&StoredParts>) -> Option<(Part, Digest)> {
-    let missing = parts.zeros().filter(|part| !stored.is_some_and(|stored| stored.contains_key(&part.number)));
+    let is_there = |part: &Part| {
+        let stored = stored.and_then(|stored| stored.get(&part.number));
+        stored.zip(parts.digest_of_zeros(*part)).is_some_and(|(stored, digest)| stored.is(*part, &digest))
+    };
     let longest = parts.longest_zeros()?;
-    (missing.count() >= FEW).then_some((longest, parts.digest_of_zeros(longest)?))
+    let missing = parts.zeros().filter(|part| !is_there(part)).count();
+    (missing >= FEW).then_some((longest, parts.digest_of_zeros(longest)?))
 }
 
 /// What [`make`] would do.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Plan {
     /// Parts are copied.
-    pub(super) serve: bool,
+    pub(super) copies: bool,
     /// How many bytes are sent for that; none: nothing.
     pub(super) put: Option<u64>,
     /// How many objects there are to delete afterwards: what is there, and what is made.
@@ -104,10 +109,10 @@ pub(super) async fn plan(job: &Job<'_>, parts: &Parts, stored: Option<&StoredPar
     }
     let there = job.stop.or("the zeros", Box::pin(object::look(job, &key(job)))).await?;
     Ok(match (longest, there) {
-        (Some((longest, _)), Ok(None)) => Plan { serve: true, put: Some(longest.length), deleted: 1 },
+        (Some((longest, _)), Ok(None)) => Plan { copies: true, put: Some(longest.length), deleted: 1 },
         (Some((longest, digest)), Ok(Some(there))) if there.is_of_disk(job) => {
             let whole = there.is(longest.length, &parts::base64(&digest));
-            Plan { serve: true, put: (!whole).then_some(longest.length), deleted: 1 + u64::from(!whole) }
+            Plan { copies: true, put: (!whole).then_some(longest.length), deleted: 1 + u64::from(!whole) }
         }
         (_, there) => Plan { deleted: u64::from(is_own(job, &there)), ..Plan::default() },
     })
@@ -177,8 +182,13 @@ impl Zeros {
         self.serve().then(|| format!("{bucket}/{}", escape(&self.key)))
     }
 
-    /// Which of its bytes a part of this length has; none: all of them. A range is possible only in objects of more than
-    /// 5 MB (S3 API reference, `UploadPartCopy`): as the shortest part has as many, what is longer is one of them.
+    /// Whether parts of this length are copied. Less than all of an object can be copied only if it has more than 5 MB (S3
+    /// API reference, `UploadPartCopy`).
+    pub(super) fn has(&self, length: u64) -> bool {
+        self.serve() && (length == self.length || self.length > 5 * MIB)
+    }
+
+    /// Which of its bytes a part of this length has; none: all of them.
     pub(super) fn range(&self, length: u64) -> Option<String> {
         (length < self.length).then(|| format!("bytes=0-{}", length - 1))
     }
@@ -222,6 +232,9 @@ mod tests {
         let zeros = Zeros { key: "x y".to_owned(), length: 7, refused: AtomicBool::new(false) };
         assert_eq!(zeros.source("b").unwrap(), "b/x%20y");
         assert_eq!([6, 7].map(|length| zeros.range(length)), [Some("bytes=0-5".to_owned()), None]);
+        assert_eq!([6, 7].map(|length| zeros.has(length)), [false, true]);
+        let long = Zeros { key: String::new(), length: 6 * MIB, refused: AtomicBool::new(false) };
+        assert!(long.has(MIB));
         assert!(zeros.refuse() && !zeros.refuse());
         assert_eq!(zeros.source("b"), None);
     }

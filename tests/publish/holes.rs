@@ -7,29 +7,15 @@ use std::process::{Command, Stdio};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 
 use super::ebs::{BLOCK, PUT, blocks_of_data, taken};
+use super::parent::{another_disk, forget_maps, last, publish};
 use super::{NOTHING, Stage};
-use crate::support::{Bench, Kiln, append_data};
+use crate::support::Bench;
 
 /// Blocks of the disk, all of them.
 const ALL: usize = 2048;
-
-fn publish<const N: usize>(stage: &Stage, more: [&str; N]) -> Kiln {
-    let all = ["publish", "out/web"].into_iter().chain(more).collect::<Vec<_>>();
-    stage.aws.with(stage.bench.kiln(all))
-}
-
-fn last(stage: &Stage) -> String {
-    let published = stage.remembered();
-    published.as_array().unwrap().last().unwrap()["snapshot_id"].as_str().unwrap().to_owned()
-}
-
-fn another_disk(stage: &Stage) {
-    append_data(&stage.bench.path("base.raw"), 300 << 10);
-    stage.bench.build(&json!({})).run().succeeded();
-    stage.aws.reset();
-}
 
 /// How many blocks of the snapshot are not those of the disk; all of data are.
 #[track_caller]
@@ -60,7 +46,7 @@ fn tag(stage: &Stage, region: &str, action: &str) -> bool {
     let answer = stage.aws.ec2(
         region,
         action,
-        &[("Owner.1", "self"), ("Filter.1.Name", "tag:kiln:holes"), ("Filter.1.Value.1", "omitted")],
+        &[("Owner.1", "self"), ("Filter.1.Name", "tag-key"), ("Filter.1.Value.1", "kiln:holes")],
     );
     answer.contains("<key>kiln:holes</key>")
 }
@@ -99,6 +85,39 @@ fn holes_are_left_out_of_an_encrypted_snapshot_and_it_says_so() {
     publish(&stage, ["-q", "--image-name", "web-5", "--parent", &noisy, "--omit-holes"]).run().succeeded();
     assert!(taken(&stage).len() as u64 <= blocks_of_data(&stage));
     assert!(differing(&stage, &last(&stage)) > 0);
+}
+
+/// Two disks may read the same, one with a hole where zeros were written to the other: what is noise of one isn't of the other.
+#[test]
+fn zeros_that_were_written_are_told_apart_from_what_was_left_out() {
+    let stage = Stage::small("");
+    stage.aws.encrypt_by_default();
+    stage.published(publish(&stage, ["-q", "--omit-holes"]).run());
+    let noisy = last(&stage);
+    let (map, before) = (stage.bench.path("out/web/blocks"), stage.bench.read("out/web/blocks"));
+    let index = (1..).find(|index| !before.contains(&format!("\n{index} "))).unwrap();
+    let zeros: String = Sha256::digest(vec![0; 512 << 10]).iter().map(|byte| format!("{byte:02x}")).collect();
+    let at = before.find(&format!("\n{} ", index - 1)).unwrap() + 1;
+    let end = at + before[at..].find('\n').unwrap() + 1;
+    let written = format!("{}{index} {zeros}\n{}", &before[..end], &before[end..]);
+    std::fs::write(&map, &written).unwrap();
+    stage.aws.reset();
+    publish(&stage, ["-q", "--image-name", "web-2", "--omit-holes"]).run().succeeded();
+    assert_ne!(last(&stage), noisy, "another image would be of a snapshot with noise there");
+    assert_eq!(taken(&stage), [index], "all the rest is the first one's");
+
+    // Nor is that disk's map the first one's, for a host that has kept none.
+    another_disk(&stage);
+    forget_maps(&stage);
+    for (name, text) in [("before", &before), ("written", &written)] {
+        std::fs::write(stage.bench.path(name), text).unwrap();
+    }
+    let on = |map: &str| {
+        publish(&stage, ["-q", "--image-name", "web-3", "--omit-holes", "--parent", &noisy, "--parent-blocks", map])
+    };
+    let said = on("written").run().failed(3);
+    assert!(said.contains(" is not the one given, nor kept on this host\n"), "{said}");
+    on("before").run().succeeded();
 }
 
 #[test]

@@ -10,20 +10,20 @@ use crate::support::{Kiln, append_data};
 const START: &str = "ebs:StartSnapshot";
 const JOURNAL: &str = "out/web/publish.us-east-1.journal";
 
-fn publish<const N: usize>(stage: &Stage, more: [&str; N]) -> Kiln {
+pub(super) fn publish<const N: usize>(stage: &Stage, more: [&str; N]) -> Kiln {
     let all = ["publish", "out/web"].into_iter().chain(more).collect::<Vec<_>>();
     stage.aws.with(stage.bench.kiln(all))
 }
 
 /// Builds the recipe with another base.
-fn another_disk(stage: &Stage) {
+pub(super) fn another_disk(stage: &Stage) {
     append_data(&stage.bench.path("base.raw"), 300 << 10);
     stage.bench.build(&json!({})).run().succeeded();
     stage.aws.reset();
 }
 
 /// The id of the snapshot that was published last.
-fn last(stage: &Stage) -> String {
+pub(super) fn last(stage: &Stage) -> String {
     let published = stage.remembered();
     published.as_array().unwrap().last().unwrap()["snapshot_id"].as_str().unwrap().to_owned()
 }
@@ -37,7 +37,7 @@ fn parent(stage: &Stage) -> Value {
 }
 
 /// Makes the host forget what is in the snapshots that it has published.
-fn forget_maps(stage: &Stage) {
+pub(super) fn forget_maps(stage: &Stage) {
     for file in std::fs::read_dir(stage.bench.path("cache/known")).unwrap() {
         let path = file.unwrap().path();
         if path.extension().is_some_and(|extension| extension == "blocks") {

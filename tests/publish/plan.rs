@@ -304,7 +304,7 @@ fn what_it_looks_like() {
     us-east-1  1      ec2:RegisterImage                ec2:RegisterImage ec2:CreateTags
     us-east-1  1      s3:CompleteMultipartUpload       s3:PutObject
     us-east-1  1      s3:CreateMultipartUpload         s3:PutObject
-    us-east-1  2      s3:DeleteObject                  s3:DeleteObject
+    us-east-1  2      s3:DeleteObject                  s3:DeleteObject s3:DeleteObjectVersion
     us-east-1  ≤ 1    s3:GetBucketLocation             s3:GetBucketLocation
     us-east-1  1      s3:HeadBucket                    s3:ListBucket
     us-east-1  2      s3:HeadObject                    s3:GetObject s3:ListBucket

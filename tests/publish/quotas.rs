@@ -2,6 +2,7 @@
 
 use serde_json::json;
 
+use super::parent::another_disk;
 use super::{NOTHING, Stage};
 
 const GET: &str = "servicequotas:GetServiceQuota";
@@ -20,6 +21,7 @@ fn set(stage: &Stage, service: &str, code: &str, value: Option<u64>) {
 #[test]
 fn a_quota_that_is_reached_fails_the_check() {
     let stage = Stage::small("");
+    stage.aws.ec2("us-east-1", "DisableImageBlockPublicAccess", &[]);
     let (said, code) = quotas(&stage, ["--share", "all"]);
     insta::assert_snapshot!(said, @"
     us-east-1       quota: images        ok       0 of 50000
@@ -29,6 +31,10 @@ fn a_quota_that_is_reached_fails_the_check() {
     assert_eq!(code, Some(0));
     assert_eq!(stage.aws.resources(), NOTHING);
     stage.published(stage.publish().run());
+    assert_eq!(quotas(&stage, []), (String::new(), Some(0)), "nothing would be made");
+    let (said, _) = quotas(&stage, ["--image-name", "web-2"]);
+    assert!(said.contains("images        ok       1 of 50000\n") && !said.contains("snapshots"), "{said}");
+    another_disk(&stage);
     let (said, _) = quotas(&stage, []);
     assert!(said.contains("images        ok       1 of 50000\n"), "{said}");
     assert!(said.contains("snapshots     ok       1 of 100000\n") && !said.contains("public"), "{said}");
@@ -51,15 +57,19 @@ fn a_quota_that_is_reached_fails_the_check() {
 #[test]
 fn only_public_images_count_as_such() {
     let stage = Stage::small("");
-    stage.published(stage.publish().run());
+    let image = stage.published(stage.publish().run());
+    another_disk(&stage);
     stage.aws.ec2("us-east-1", "DisableImageBlockPublicAccess", &[]);
     set(&stage, "ec2", "L-0E3CBAB9", Some(1));
     let row = |stage: &Stage| quotas(stage, ["--share", "all"]);
     assert!(row(&stage).0.contains("public images ok       0 of 1\n"), "{}", row(&stage).0);
-    stage.publish().args(["--share", "all"]).run().succeeded();
+    let all = [("ImageId", image.as_str()), ("LaunchPermission.Add.1.Group", "all")];
+    stage.aws.ec2("us-east-1", "ModifyImageAttribute", &all);
     let (said, code) = row(&stage);
     assert!(said.contains("public images fails    all 1 are used; deregister old public images"), "{said}");
     assert_eq!(code, Some(7));
+    let (said, _) = quotas(&stage, ["--share", "all", "--force"]);
+    assert!(!said.contains("public"), "the one that is replaced makes room: {said}");
 }
 
 #[test]

@@ -186,6 +186,7 @@ fn the_permissions_that_a_publish_needs() {
           "Action": [
             "s3:AbortMultipartUpload",
             "s3:DeleteObject",
+            "s3:DeleteObjectVersion",
             "s3:GetObject",
             "s3:ListMultipartUploadParts",
             "s3:PutObject"

@@ -9,8 +9,6 @@ use sha2::Digest as _;
 use super::{NOTHING, ONE_IMAGE, PARTS, Stage};
 use crate::support::{Aws, Kiln, Running, tool, wait_until};
 
-/// How long a part is.
-const PART: usize = 8 << 20;
 /// What a killed kiln leaves in the middle of its upload: the zeros, and the upload.
 const HALF: [u64; 5] = [1, 1, 0, 0, 0];
 /// And at its end: the zeros, and the object.
@@ -137,7 +135,9 @@ fn parts_that_differ_are_sent_again_and_further_uploads_are_aborted() {
     let stage = Stage::new();
     let kiln = half_sent(&stage);
     killed(&stage, kiln);
-    let first = stage.aws.requests("s3:UploadPart")[0]["parameters"].clone();
+    let first = stage.aws.requests("s3:UploadPart")[0].clone();
+    let length = usize::try_from(first["bytes"].as_u64().unwrap()).unwrap();
+    let first = &first["parameters"];
     let [number, id] = ["partNumber", "uploadId"].map(|name| first[name].as_str().unwrap().to_owned());
     let key = key(&stage);
     let sum = |bytes: &[u8]| aws_smithy_types::base64::encode(sha2::Sha256::digest(bytes));
@@ -150,8 +150,8 @@ fn parts_that_differ_are_sent_again_and_further_uploads_are_aborted() {
         .as_str()
         .unwrap()
         .to_owned();
-    put(&number, &vec![7; PART]);
-    put(&zeros, &vec![0; PART / 2]);
+    put(&number, &vec![7; length]);
+    put(&zeros, &vec![0; length / 2]);
     // Two more, which nobody goes on with, so that the list has two pages.
     for _ in 0..2 {
         stage.aws.s3("POST", &format!("{key}?uploads"), &["x-amz-checksum-algorithm: SHA256"], b"");

@@ -32,7 +32,7 @@ pub(in super::super) async fn plan(job: &Job<'_>, way: &mut Way) -> Result<Optio
     };
     let encrypts = Box::pin(encrypts(job)).await?;
     let parent = Box::pin(parent::choose(job, encrypts)).await?;
-    let holes = encrypts && !job.request.omit_holes;
+    let holes = encrypts && job.request.omit_holes.is_none();
     let count = blocks(&map, parent.as_ref().map(|parent| &parent.map), holes).len() as u64;
     let bytes = Size(count * BLOCK);
     let asked = parent.as_ref().is_some_and(|parent| parent.asked);
