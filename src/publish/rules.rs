@@ -329,8 +329,8 @@ mod tests {
     use super::*;
     use crate::recipe::{DiskFormat, Volume, VolumeType};
 
-    fn holes() -> Option<String> {
-        Some("0123456789abcdef".to_owned())
+    fn holes() -> String {
+        "0123456789abcdef".to_owned()
     }
 
     fn refused(change: impl FnOnce(&mut Request)) -> String {
@@ -429,10 +429,10 @@ mod tests {
         assert_eq!(refused(|r| r.encryption = Some(keyed("mine"))), "`mine` is not a KMS key");
         let direct = refused(|r| (r.encryption, r.via) = (Some(keyed("alias/mine")), Via::Ebs));
         assert_eq!(direct, "EBS direct takes a KMS key only by its ARN, and `alias/mine` is none");
-        assert_eq!(refused(|r| r.omit_holes = holes()), "an import leaves no holes out");
+        assert_eq!(refused(|r| r.omit_holes = Some(holes())), "an import leaves no holes out");
         let on_none = Parents { everywhere: Some(Wanted::Nothing), ..Parents::default() };
         assert_eq!(refused(|r| r.parents = on_none.clone()), "an import builds on no other snapshot");
-        check(&Request { via: Via::Auto, omit_holes: holes(), parents: on_none, ..request() }).unwrap();
+        check(&Request { via: Via::Auto, omit_holes: Some(holes()), parents: on_none, ..request() }).unwrap();
         let many = |r: &mut Request| {
             r.tags = (0..40).map(|n| (format!("a{n}"), String::new())).collect();
             r.snapshot_tags = (0..7).map(|n| (format!("b{n}"), String::new())).collect();
@@ -504,7 +504,7 @@ mod tests {
             &|r| r.ena = false,
             &|r| r.encryption = Some(elsewhere.clone()),
             &|r| r.encryption = Some(keyed("alias/a")),
-            &|r| r.omit_holes = holes(),
+            &|r| r.omit_holes = Some(holes()),
         ];
         let mut all: Vec<_> = changes.iter().map(|change| settings(change)).chain([same]).collect();
         all.sort();

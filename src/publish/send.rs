@@ -107,10 +107,10 @@ pub(super) async fn all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Sending, 
             running.spawn(Arc::clone(sender).send(part));
         }
         // A copy costs the line nothing: only zeros that are sent wait for data.
-        while let Some(part) = zeros.next_if(|part| match sender.is_copied(*part) {
-            true => copying < parallel * COPIES_BESIDE,
-            false => sending + copying < parallel,
-        }) {
+        let has_room = |part: &Part, copying| {
+            if sender.is_copied(*part) { copying < parallel * COPIES_BESIDE } else { sending + copying < parallel }
+        };
+        while let Some(part) = zeros.next_if(|part| has_room(part, copying)) {
             copying += 1;
             running.spawn(Arc::clone(sender).send(part));
         }

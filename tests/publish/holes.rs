@@ -95,8 +95,9 @@ fn zeros_that_were_written_are_told_apart_from_what_was_left_out() {
     stage.published(publish(&stage, ["-q", "--omit-holes"]).run());
     let noisy = last(&stage);
     let (map, before) = (stage.bench.path("out/web/blocks"), stage.bench.read("out/web/blocks"));
-    let index = (1..).find(|index| !before.contains(&format!("\n{index} "))).unwrap();
-    let zeros: String = Sha256::digest(vec![0; 512 << 10]).iter().map(|byte| format!("{byte:02x}")).collect();
+    let index = (1..2048).find(|index| !before.contains(&format!("\n{index} "))).unwrap();
+    let digest = Sha256::digest(vec![0; 512 << 10]);
+    let zeros = digest.iter().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().concat();
     let at = before.find(&format!("\n{} ", index - 1)).unwrap() + 1;
     let end = at + before[at..].find('\n').unwrap() + 1;
     let written = format!("{}{index} {zeros}\n{}", &before[..end], &before[end..]);
