@@ -458,8 +458,8 @@ pub struct Direct {
     /// on nothing [default: the recipe's last snapshot whose block map this host has kept]
     #[arg(long, value_name = "[REGION=]SNAPSHOT")]
     pub parent: Vec<String>,
-    /// By EBS direct: block map of the disk that an earlier snapshot has, where this host hasn't kept it: `blocks` in that build's output
-    /// folder; may be given several times
+    /// By EBS direct: block map of the disk that an earlier snapshot has, where this host hasn't kept it: `blocks` in that
+    /// build's output folder; may be given several times
     #[arg(long, value_name = "FILE")]
     pub parent_blocks: Vec<PathBuf>,
     /// By EBS direct: leave what was never written out of encrypted snapshots too. It then reads as noise, not as zeros: only

@@ -40,11 +40,9 @@ pub(super) fn parents(arguments: &Publish, via: Via, regions: &[String]) -> Resu
         )));
     }
     // A region without a wish of its own finds its parent itself, unless no region is to.
-    let is_nothing = |wanted: Option<&Wanted>| wanted == Some(&Wanted::Nothing);
-    let of = |region: &String| parents.of_regions.get(region).or(parents.everywhere.as_ref());
     let all_nothing = match regions {
-        [] => is_nothing(parents.everywhere.as_ref()),
-        regions => regions.iter().all(|region| is_nothing(of(region))),
+        [] => parents.everywhere == Some(Wanted::Nothing),
+        regions => regions.iter().all(|region| parents.wanted(region) == Some(&Wanted::Nothing)),
     };
     if !arguments.direct.parent_blocks.is_empty() && all_nothing {
         return Err(usage("--parent-blocks is of no use with --parent none").help("leave out one of them"));

@@ -40,7 +40,9 @@ pub enum Wanted {
 }
 
 impl Parents {
-    fn wanted(&self, region: &str) -> Option<&Wanted> {
+    /// What is wanted in this region; none: what is found.
+    #[must_use]
+    pub fn wanted(&self, region: &str) -> Option<&Wanted> {
         self.of_regions.get(region).or(self.everywhere.as_ref())
     }
 

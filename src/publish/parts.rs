@@ -47,6 +47,8 @@ pub(super) struct Part {
 #[derive(Debug)]
 pub(super) struct Parts {
     pub(super) all: Vec<Part>,
+    /// How long the longest part of zeros is; 0 if there is none.
+    longest: u64,
     /// The digests of zeros, by their length.
     digests: OnceLock<BTreeMap<u64, Digest>>,
 }
@@ -62,7 +64,9 @@ impl Parts {
             end = map.size().min(offset + blocks * BLOCK);
             Part { number, offset, length: end - offset, zeros }
         };
-        Self { all: (1..).zip(cut(&Run::all(blocks))).map(part).collect(), digests: OnceLock::new() }
+        let all: Vec<Part> = (1..).zip(cut(&Run::all(blocks))).map(part).collect();
+        let longest = all.iter().filter(|part| part.zeros).map(|part| part.length).max().unwrap_or(0);
+        Self { all, longest, digests: OnceLock::new() }
     }
 
     /// The bytes in parts that are not zeros.
@@ -77,7 +81,13 @@ impl Parts {
 
     /// The longest part of zeros: all others are its beginning.
     pub(super) fn longest_zeros(&self) -> Option<Part> {
-        self.zeros().max_by_key(|part| part.length)
+        self.zeros().find(|part| part.length == self.longest)
+    }
+
+    /// Whether `part` can be copied from the longest zeros. Less than all of an object can be copied only if it has more than
+    /// 5 MB (S3 API reference, `UploadPartCopy`): of the shortest that there are, only what is as long.
+    pub(super) fn is_copyable(&self, part: Part) -> bool {
+        part.zeros && (part.length == self.longest || self.longest > SHORTEST * BLOCK)
     }
 
     /// The digest of `part`. Zeros are not read.
@@ -291,6 +301,18 @@ mod tests {
         let before = parts.digest(&file, zeros).unwrap();
         file.write_all_at(b"kiln", zeros.offset).unwrap();
         assert_eq!(parts.digest(&file, zeros).unwrap(), before);
+    }
+
+    #[test]
+    fn of_zeros_of_5_mib_no_shorter_ones_are_copied() {
+        let part = |length: u64, zeros| Part { number: 1, offset: 0, length, zeros };
+        let copyable = |longest: u64, one: Part| {
+            Parts { all: vec![part(longest, true), one], longest, digests: OnceLock::new() }.is_copyable(one)
+        };
+        assert!(copyable(5 * MIB, part(5 * MIB, true)));
+        assert!(!copyable(5 * MIB, part(MIB, true)));
+        assert!(copyable(6 * MIB, part(MIB, true)));
+        assert!(!copyable(6 * MIB, part(6 * MIB, false)));
     }
 
     #[test]

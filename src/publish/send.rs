@@ -145,7 +145,7 @@ pub(super) fn plan(parts: &Parts, file: &File, stored: &StoredParts, copies: boo
         {
             continue;
         }
-        let how = if copies && part.zeros { &mut copied } else { &mut sent };
+        let how = if copies && parts.is_copyable(*part) { &mut copied } else { &mut sent };
         *how = (how.0 + 1, how.1 + part.length);
     }
     Ok([sent, copied])
@@ -189,7 +189,7 @@ impl Progress {
 impl Sender {
     /// Whether the part is expected to be copied.
     fn is_copied(&self, part: Part) -> bool {
-        part.zeros && self.zeros.as_ref().is_some_and(|zeros| zeros.has(part.length))
+        self.parts.is_copyable(part) && self.zeros.as_ref().is_some_and(Zeros::serve)
     }
 
     async fn send(self: Arc<Self>, part: Part) -> Result<Sent, Lost> {

@@ -18,7 +18,6 @@ use super::retry::{Try, s3_once};
 use super::undo::{Made, Undo};
 use super::{Job, object, send};
 use crate::error::Error;
-use crate::units::MIB;
 
 /// Fewer parts of zeros than this are sent: the object takes a request to make and one to delete.
 const FEW: usize = 4;
@@ -107,7 +106,7 @@ pub(super) async fn plan(job: &Job<'_>, parts: &Parts, stored: Option<&StoredPar
     if longest.is_none() && stored.is_none() {
         return Ok(Plan::default());
     }
-    let there = job.stop.or("the zeros", Box::pin(object::look(job, &key(job)))).await?;
+    let there = look(job).await?;
     Ok(match (longest, there) {
         (Some((longest, _)), Ok(None)) => Plan { copies: true, put: Some(longest.length), deleted: 1 },
         (Some((longest, digest)), Ok(Some(there))) if there.is_of_disk(job) => {
@@ -120,7 +119,11 @@ pub(super) async fn plan(job: &Job<'_>, parts: &Parts, stored: Option<&StoredPar
 
 /// Whether zeros are there that [`take_over`] would delete.
 pub(super) async fn are_left(job: &Job<'_>) -> Result<bool, Error> {
-    Ok(is_own(job, &job.stop.or("the zeros", Box::pin(object::look(job, &key(job)))).await?))
+    Ok(is_own(job, &look(job).await?))
+}
+
+async fn look(job: &Job<'_>) -> Result<Result<Option<Object>, Failure>, Error> {
+    job.stop.or("the zeros", Box::pin(object::look(job, &key(job)))).await
 }
 
 fn is_own(job: &Job<'_>, found: &Result<Option<Object>, Failure>) -> bool {
@@ -138,12 +141,11 @@ fn key(job: &Job<'_>) -> String {
 
 /// Looks for zeros that an earlier run of this disk has left: this one deletes them.
 pub(super) async fn take_over(job: &Job<'_>, undo: &mut Undo) -> Result<Result<Option<Object>, Failure>, Error> {
-    let key = key(job);
-    let found = job.stop.or("the zeros", Box::pin(object::look(job, &key))).await?;
+    let found = look(job).await?;
     if let Ok(Some(there)) = &found
         && there.is_of_disk(job)
     {
-        undo.take_over(Made::Object { key, version: there.version.clone(), sure: true });
+        undo.take_over(Made::Object { key: key(job), version: there.version.clone(), sure: true });
     }
     Ok(found)
 }
@@ -180,12 +182,6 @@ impl Zeros {
     /// Where parts are copied from, as long as S3 lets them be: bucket and key, written for an URL.
     pub(super) fn source(&self, bucket: &str) -> Option<String> {
         self.serve().then(|| format!("{bucket}/{}", escape(&self.key)))
-    }
-
-    /// Whether parts of this length are copied. Less than all of an object can be copied only if it has more than 5 MB (S3
-    /// API reference, `UploadPartCopy`).
-    pub(super) fn has(&self, length: u64) -> bool {
-        self.serve() && (length == self.length || self.length > 5 * MIB)
     }
 
     /// Which of its bytes a part of this length has; none: all of them.
@@ -232,9 +228,6 @@ mod tests {
         let zeros = Zeros { key: "x y".to_owned(), length: 7, refused: AtomicBool::new(false) };
         assert_eq!(zeros.source("b").unwrap(), "b/x%20y");
         assert_eq!([6, 7].map(|length| zeros.range(length)), [Some("bytes=0-5".to_owned()), None]);
-        assert_eq!([6, 7].map(|length| zeros.has(length)), [false, true]);
-        let long = Zeros { key: String::new(), length: 6 * MIB, refused: AtomicBool::new(false) };
-        assert!(long.has(MIB));
         assert!(zeros.refuse() && !zeros.refuse());
         assert_eq!(zeros.source("b"), None);
     }

@@ -53,7 +53,7 @@ pub(in super::super) async fn plan(job: &Job<'_>, way: &mut Way) -> Result<Optio
     Ok((!asked).then_some(begin))
 }
 
-/// How much data the disk has, in blocks: so much a snapshot has at least that isn't made by EBS direct.
+/// How many bytes of data the disk has: so much a snapshot has at least that isn't made by EBS direct.
 pub(in super::super) fn data(job: &Job<'_>) -> Count {
     Count::at_least(block_map(job).map_or(0, |map| map.data_bytes()))
 }
