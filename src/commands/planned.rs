@@ -40,7 +40,7 @@ fn costs(region: &str, way: &Way) -> Vec<[String; 3]> {
         }
     };
     row(cost.bytes_sent, bytes(cost.bytes_sent), "bytes sent");
-    row(cost.bytes_copied_in_s3, bytes(cost.bytes_copied_in_s3), "zeros copied inside S3");
+    row(cost.bytes_copied_in_s3, bytes(cost.bytes_copied_in_s3), "bytes copied inside S3");
     if let Some(object) = &cost.object {
         let stays = if object.stays { "the object, which stays" } else { "the object, until it is imported" };
         row(object.bytes, bytes(object.bytes), stays);

@@ -6,10 +6,12 @@
 //! at any point finds it again and takes it back.
 
 mod action;
+mod body;
 mod check;
 mod client;
 mod codes;
 mod copy;
+mod cut;
 mod ebs;
 mod failure;
 mod finish;
@@ -19,6 +21,7 @@ mod import;
 mod journal;
 pub mod life;
 mod lock;
+mod multipart;
 mod object;
 mod only;
 mod parameter;
@@ -34,13 +37,13 @@ mod replace;
 mod request;
 mod retry;
 mod rules;
+mod scratch;
 mod send;
 mod share;
 mod stop;
 mod undo;
 mod upload;
 mod vmdk;
-mod zeros;
 
 use std::future::Future;
 use std::sync::Arc;

@@ -8,7 +8,7 @@ use aws_sdk_s3::types::{ChecksumAlgorithm, ChecksumMode, ServerSideEncryption};
 
 use super::failure::{Failure, Kind};
 use super::parts::{Digest, Part, base64};
-use super::{Job, ObjectEncryption};
+use super::{Job, ObjectEncryption, scratch};
 use crate::error::{Error, Exit};
 
 /// The object's metadata that has the disk's digest.
@@ -119,20 +119,21 @@ impl Stored {
 /// The parts of an unfinished upload, by their numbers.
 pub(super) type StoredParts = BTreeMap<i32, Stored>;
 
-/// The unfinished uploads of the target's key, the oldest first.
-pub(super) async fn unfinished(job: &Job<'_>) -> Result<Vec<String>, Failure> {
+/// The unfinished uploads of the disk and of its scratch object, each with its key, the oldest first.
+pub(super) async fn unfinished(job: &Job<'_>) -> Result<Vec<(String, String)>, Failure> {
     let target = &job.target;
+    let keys = [target.key.clone(), scratch::key(job)];
     let (mut found, mut markers) = (Vec::new(), (None, None));
     loop {
         let call = job.clients.s3.list_multipart_uploads().bucket(&target.bucket).prefix(&target.key);
         let call = call.set_key_marker(markers.0).set_upload_id_marker(markers.1);
         let answer = call.send().await.map_err(job.clients.failed("s3:ListMultipartUploads"))?;
-        let own = answer.uploads().iter().filter(|upload| {
+        found.extend(answer.uploads().iter().filter_map(|upload| {
+            let key = keys.iter().find(|key| upload.key() == Some(key))?;
             // Begun otherwise, it isn't kiln's, and couldn't be completed as kiln does.
             let fits = upload.checksum_algorithm().is_none_or(|algorithm| *algorithm == ChecksumAlgorithm::Sha256);
-            upload.key() == Some(&target.key) && fits
-        });
-        found.extend(own.filter_map(|upload| upload.upload_id().map(str::to_owned)));
+            Some((key.clone(), upload.upload_id()?.to_owned())).filter(|_| fits)
+        }));
         markers = (answer.next_key_marker, answer.next_upload_id_marker);
         if answer.is_truncated != Some(true) || markers.0.is_none() {
             return Ok(found);
@@ -141,11 +142,11 @@ pub(super) async fn unfinished(job: &Job<'_>) -> Result<Vec<String>, Failure> {
 }
 
 /// The parts with a known SHA-256 that S3 has of the upload.
-pub(super) async fn stored(job: &Job<'_>, id: &str) -> Result<StoredParts, Failure> {
+async fn stored(job: &Job<'_>, key: &str, id: &str) -> Result<StoredParts, Failure> {
     let target = &job.target;
     let (mut found, mut marker) = (StoredParts::new(), None);
     loop {
-        let call = job.clients.s3.list_parts().bucket(&target.bucket).key(&target.key).upload_id(id);
+        let call = job.clients.s3.list_parts().bucket(&target.bucket).key(key).upload_id(id);
         let answer = call.set_part_number_marker(marker).send().await;
         let answer = answer.map_err(job.clients.failed("s3:ListParts"))?;
         found.extend(answer.parts().iter().filter_map(|part| {
@@ -163,33 +164,55 @@ pub(super) async fn stored(job: &Job<'_>, id: &str) -> Result<StoredParts, Failu
     }
 }
 
-/// What an earlier run, or another one, has begun to upload.
+/// What an earlier run, or another one, has begun to upload under one key.
 #[derive(Debug, Default)]
-pub(super) struct Left {
+pub(super) struct Unfinished {
     /// The upload to go on with, and what S3 has of it.
     pub(super) begun: Option<(String, StoredParts)>,
     /// Further ones, of no use.
     pub(super) others: Vec<String>,
 }
 
-impl Left {
+impl Unfinished {
     /// All of them.
-    pub(super) fn ids(self) -> impl Iterator<Item = String> {
-        self.begun.into_iter().map(|(id, _)| id).chain(self.others)
+    pub(super) fn ids(&self) -> impl Iterator<Item = &String> {
+        self.begun.iter().map(|(id, _)| id).chain(&self.others)
+    }
+}
+
+/// And under all keys of the disk.
+#[derive(Debug, Default)]
+pub(super) struct Left {
+    pub(super) disk: Unfinished,
+    pub(super) scratch: Unfinished,
+}
+
+impl Left {
+    /// How many they are.
+    pub(super) fn count(&self) -> u64 {
+        self.disk.ids().chain(self.scratch.ids()).count() as u64
     }
 }
 
 /// Looks for unfinished uploads. Where the caller may not look, nothing is found.
 pub(super) async fn left(job: &Job<'_>) -> Result<Left, Error> {
     let answer = job.stop.or("unfinished uploads", unfinished(job)).await?;
-    let mut ids = where_possible(job, "unfinished uploads", answer)?.into_iter();
-    let Some(id) = ids.next() else { return Ok(Left::default()) };
-    let parts = match job.stop.or("the parts of an unfinished upload", stored(job, &id)).await? {
+    let all = where_possible(job, "unfinished uploads", answer)?;
+    let (disk, scratch): (Vec<_>, Vec<_>) = all.into_iter().partition(|(key, _)| *key == job.target.key);
+    Ok(Left { disk: Box::pin(with_parts(job, disk)).await?, scratch: Box::pin(with_parts(job, scratch)).await? })
+}
+
+/// The first of these is gone on with.
+async fn with_parts(job: &Job<'_>, uploads: Vec<(String, String)>) -> Result<Unfinished, Error> {
+    let mut uploads = uploads.into_iter();
+    let Some((key, id)) = uploads.next() else { return Ok(Unfinished::default()) };
+    let others = uploads.map(|(_, id)| id).collect();
+    let parts = match job.stop.or("the parts of an unfinished upload", stored(job, &key, &id)).await? {
         // It has just become the object, or is aborted.
-        Err(failure) if failure.is_not_found() => return Ok(Left { begun: None, others: ids.collect() }),
+        Err(failure) if failure.is_not_found() => return Ok(Unfinished { begun: None, others }),
         answer => where_possible(job, "the parts that are there", answer)?,
     };
-    Ok(Left { begun: Some((id, parts)), others: ids.collect() })
+    Ok(Unfinished { begun: Some((id, parts)), others })
 }
 
 /// To look takes permissions of its own, and an endpoint that can. Without them all is sent.

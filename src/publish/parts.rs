@@ -1,11 +1,4 @@
-//! How a disk is cut for the upload, and what each part's digest is.
-//!
-//! S3 takes parts of 5 MiB and more, 10,000 of them at most, of whatever lengths. They are cut where the disk's zeros begin
-//! and end, so that little is sent but data; zeros have parts of their own, which are copied inside S3 (`zeros`). Only
-//! zeros too short for a part, and those that fill up a part with less than 5 MiB of data, are sent. The cut follows from
-//! what the disk reads as, and from nothing else: every host that publishes this disk makes the same parts.
-//!
-//! Source: "Amazon S3 multipart upload limits" in the Amazon S3 User Guide.
+//! What a disk is sent as: its parts and those of its scratch object, where each is in the disk, and its digest.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -15,40 +8,50 @@ use std::sync::OnceLock;
 
 use sha2::{Digest as _, Sha256};
 
+use super::cut::{Cut, DiskPart, Run, SEED, ScratchPart, Span, cut};
 use crate::disk::{self, BLOCK, BlockMap};
-use crate::units::MIB;
 
-/// S3 takes no more.
-const MOST: u64 = 10_000;
-/// S3 takes no shorter part but as the last one, in blocks.
-const SHORTEST: u64 = 5 * MIB / BLOCK;
-/// Below this, in blocks, a request costs more than the bytes it carries: data that is longer is cut into parts of at least this
-/// length, and less than twice it.
-const USUAL: u64 = 8 * MIB / BLOCK;
-/// About how many copies take as long as to send a block: one in 50 ms and 16 at once, on a line of 100 Mbit/s.
-const COPIES_A_BLOCK: u64 = 12;
 const BUFFER: usize = 256 << 10;
+/// How long the seed is, in bytes.
+pub(super) const SEED_LENGTH: u64 = SEED * BLOCK;
 
 /// A SHA-256.
 pub(super) type Digest = [u8; 32];
 
-/// A piece of the disk, sent by one request.
+/// A piece of an object, made by one request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Part {
     /// From 1, as S3 counts.
     pub(super) number: i32,
+    /// In bytes.
+    pub(super) length: u64,
+}
+
+/// Bytes of the disk beside each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Extent {
     pub(super) offset: u64,
     pub(super) length: u64,
+}
+
+/// What a part is of the disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Piece {
+    pub(super) part: Part,
+    /// Where its bytes are, in order. Empty: it can only be copied.
+    pub(super) extents: Vec<Extent>,
     /// It reads as zeros, whether they were written or not.
     pub(super) zeros: bool,
+    /// At which byte it begins in the object that it can be copied from.
+    pub(super) source: Option<u64>,
 }
 
 /// The parts of a disk.
 #[derive(Debug)]
 pub(super) struct Parts {
-    pub(super) all: Vec<Part>,
-    /// How long the longest part of zeros is; 0 if there is none.
-    longest: u64,
+    pub(super) disk: Vec<Piece>,
+    /// Those of its scratch object; empty if it needs none.
+    pub(super) scratch: Vec<Piece>,
     /// The digests of zeros, by their length.
     digests: OnceLock<BTreeMap<u64, Digest>>,
 }
@@ -58,47 +61,69 @@ impl Parts {
     pub(super) fn of(map: &BlockMap) -> Self {
         let zeros = disk::Digest::of_zeros();
         let blocks = map.blocks().iter().map(|block| block.is_none_or(|digest| digest == zeros));
-        let mut end = 0;
-        let part = |(number, Run { blocks, zeros }): (i32, Run)| {
-            let offset = end;
-            end = map.size().min(offset + blocks * BLOCK);
-            Part { number, offset, length: end - offset, zeros }
+        let Cut { disk, scratch } = cut(&Run::all(blocks));
+        // A disk may end within a block.
+        let extent = |Span { first, blocks }: Span| {
+            let offset = first * BLOCK;
+            Extent { offset, length: map.size().min(offset + blocks * BLOCK) - offset }
         };
-        let all: Vec<Part> = (1..).zip(cut(&Run::all(blocks))).map(part).collect();
-        let longest = all.iter().filter(|part| part.zeros).map(|part| part.length).max().unwrap_or(0);
-        Self { all, longest, digests: OnceLock::new() }
+        let of_disk = |(number, DiskPart { span, zeros, source }): (i32, DiskPart)| {
+            let extent = extent(span);
+            let part = Part { number, length: extent.length };
+            Piece { part, extents: vec![extent], zeros, source: source.map(|block| block * BLOCK) }
+        };
+        let of_scratch = |(number, part): (i32, ScratchPart)| match part {
+            ScratchPart::Zeros => {
+                let part = Part { number, length: SEED_LENGTH };
+                Piece { part, extents: Vec::new(), zeros: true, source: Some(0) }
+            }
+            ScratchPart::Joint(spans) => {
+                let extents: Vec<Extent> = spans.into_iter().map(extent).collect();
+                let part = Part { number, length: extents.iter().map(|extent| extent.length).sum() };
+                Piece { part, extents, zeros: false, source: None }
+            }
+        };
+        Self {
+            disk: (1..).zip(disk).map(of_disk).collect(),
+            scratch: (1..).zip(scratch).map(of_scratch).collect(),
+            digests: OnceLock::new(),
+        }
     }
 
-    /// The bytes in parts that are not zeros.
+    /// The bytes that are sent if all is copied that can be: in parts of the disk, and in those of the scratch object.
     pub(super) fn data(&self) -> u64 {
-        self.all.iter().filter(|part| !part.zeros).map(|part| part.length).sum()
+        let sent = self.disk.iter().chain(&self.scratch).filter(|piece| piece.source.is_none());
+        sent.map(|piece| piece.part.length).sum()
     }
 
-    /// The parts that are zeros.
-    pub(super) fn zeros(&self) -> impl Iterator<Item = Part> {
-        self.all.iter().copied().filter(|part| part.zeros)
+    /// The length of the scratch object, in bytes.
+    pub(super) fn scratch_length(&self) -> u64 {
+        self.scratch.iter().map(|piece| piece.part.length).sum()
     }
 
-    /// The longest part of zeros: all others are its beginning.
-    pub(super) fn longest_zeros(&self) -> Option<Part> {
-        self.zeros().find(|part| part.length == self.longest)
+    /// Zeros as long as the seed, and their digest.
+    pub(super) fn seed(&self) -> Option<(Extent, Digest)> {
+        let is_long = |piece: &&Piece| piece.zeros && piece.part.length >= SEED_LENGTH;
+        let Extent { offset, .. } = *self.disk.iter().find(is_long)?.extents.first()?;
+        let digest = self.zeros().get(&(SEED_LENGTH)).copied()?;
+        Some((Extent { offset, length: SEED_LENGTH }, digest))
     }
 
-    /// Whether `part` can be copied from the longest zeros. Less than all of an object can be copied only if it has more than
-    /// 5 MB (S3 API reference, `UploadPartCopy`): of the shortest that there are, only what is as long.
-    pub(super) fn is_copyable(&self, part: Part) -> bool {
-        part.zeros && (part.length == self.longest || self.longest > SHORTEST * BLOCK)
+    /// The digest of `piece`. Zeros are not read.
+    pub(super) fn digest(&self, file: &File, piece: &Piece) -> io::Result<Digest> {
+        self.digest_of_zeros(piece).map_or_else(|| hash(file, &piece.extents), Ok)
     }
 
-    /// The digest of `part`. Zeros are not read.
-    pub(super) fn digest(&self, file: &File, part: Part) -> io::Result<Digest> {
-        self.digest_of_zeros(part).map_or_else(|| hash(file, part.offset, part.length), Ok)
+    /// The digest of `piece` if it is zeros.
+    fn digest_of_zeros(&self, piece: &Piece) -> Option<Digest> {
+        piece.zeros.then(|| self.zeros().get(&piece.part.length).copied()).flatten()
     }
 
-    /// The digest of `part` if it is zeros.
-    pub(super) fn digest_of_zeros(&self, part: Part) -> Option<Digest> {
-        let of_all = || of_zeros(&self.zeros().map(|part| part.length).collect());
-        part.zeros.then(|| self.digests.get_or_init(of_all).get(&part.length).copied()).flatten()
+    fn zeros(&self) -> &BTreeMap<u64, Digest> {
+        self.digests.get_or_init(|| {
+            let all = self.disk.iter().chain(&self.scratch).filter(|piece| piece.zeros);
+            of_zeros(&all.map(|piece| piece.part.length).collect())
+        })
     }
 }
 
@@ -113,88 +138,17 @@ pub(super) fn base64(digest: &Digest) -> String {
     aws_smithy_types::base64::encode(digest)
 }
 
-/// Blocks beside each other that are zeros, or are not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Run {
-    blocks: u64,
-    zeros: bool,
-}
-
-impl Run {
-    /// All runs of a disk, in order; `blocks` tells of each whether it is zeros.
-    fn all(blocks: impl Iterator<Item = bool>) -> Vec<Self> {
-        let mut runs: Vec<Self> = Vec::new();
-        for zeros in blocks {
-            match runs.last_mut() {
-                Some(run) if run.zeros == zeros => run.blocks += 1,
-                _ => runs.push(Self { blocks: 1, zeros }),
-            }
-        }
-        runs
-    }
-
-    /// In `pieces` that differ by a block at most.
-    fn divided(self, pieces: u64) -> impl Iterator<Item = Self> {
-        let Self { blocks, zeros } = self;
-        (0..pieces).map(move |piece| Self { blocks: blocks / pieces + u64::from(piece < blocks % pieces), zeros })
-    }
-}
-
-/// Cuts a disk into parts.
-fn cut(runs: &[Run]) -> Vec<Run> {
-    let all: u64 = runs.iter().map(|run| run.blocks).sum();
-    let shortest = SHORTEST.max(all.div_ceil(MOST));
-    let usual = USUAL.max(shortest);
-    // The longest zeros are sent once, as what the others are copied from. The longer they may be, the fewer copies there
-    // are, and the fewer blocks are left over where a run is cut into such pieces; at almost twice the shortest, none.
-    let candidates = (shortest + 1..2 * shortest).step_by(usize::try_from(shortest / SHORTEST).unwrap_or(1));
-    let cost = |longest: &u64| {
-        let joined = joined(runs, shortest, *longest);
-        let data: u64 = joined.iter().filter(|run| !run.zeros).map(|run| run.blocks).sum();
-        let copies: u64 = joined.iter().filter(|run| run.zeros).map(|run| run.blocks.div_ceil(*longest)).sum();
-        (data + longest) * COPIES_A_BLOCK + copies
-    };
-    let longest = candidates.min_by_key(cost).unwrap_or(shortest);
-    let pieces = |run: Run| if run.zeros { run.blocks.div_ceil(longest) } else { (run.blocks / usual).max(1) };
-    joined(runs, shortest, longest).into_iter().flat_map(|run| run.divided(pieces(run))).collect()
-}
-
-/// Joins zeros that can't be cut into pieces of `shortest` to `longest` blocks to the data beside them, and as many as data
-/// needs that is too short for a part. Only at the end may anything be shorter.
-fn joined(runs: &[Run], shortest: u64, longest: u64) -> Vec<Run> {
-    let mut joined = Vec::new();
-    let mut data = 0;
-    for (index, run) in runs.iter().enumerate() {
-        if !run.zeros {
-            data += run.blocks;
-            continue;
-        }
-        let filling = if data == 0 { 0 } else { shortest.saturating_sub(data).min(run.blocks) };
-        let rest = run.blocks - filling;
-        let zeros = rest.min(rest / shortest * longest);
-        let is_last = index + 1 == runs.len();
-        if zeros == 0 && !(is_last && rest > 0) {
-            data += run.blocks;
-            continue;
-        }
-        let before = std::mem::replace(&mut data, if is_last { 0 } else { rest - zeros });
-        joined.extend((before > 0).then_some(Run { blocks: before + filling, zeros: false }));
-        joined.extend((zeros > 0).then_some(Run { blocks: zeros, zeros: true }));
-        joined.extend((is_last && rest > zeros).then_some(Run { blocks: rest - zeros, zeros: true }));
-    }
-    joined.extend((data > 0).then_some(Run { blocks: data, zeros: false }));
-    joined
-}
-
-fn hash(file: &File, offset: u64, length: u64) -> io::Result<Digest> {
+fn hash(file: &File, extents: &[Extent]) -> io::Result<Digest> {
     let mut buffer = vec![0; BUFFER];
     let mut hash = Sha256::new();
-    let mut done = 0;
-    while done < length {
-        let wanted = usize::try_from(length - done).map_or(BUFFER, |left| left.min(BUFFER));
-        file.read_exact_at(&mut buffer[..wanted], offset + done)?;
-        hash.update(&buffer[..wanted]);
-        done += wanted as u64;
+    for Extent { offset, length } in extents {
+        let mut done = 0;
+        while done < *length {
+            let wanted = usize::try_from(length - done).map_or(BUFFER, |left| left.min(BUFFER));
+            file.read_exact_at(&mut buffer[..wanted], offset + done)?;
+            hash.update(&buffer[..wanted]);
+            done += wanted as u64;
+        }
     }
     Ok(hash.finalize().into())
 }
@@ -216,73 +170,13 @@ fn of_zeros(lengths: &BTreeSet<u64>) -> BTreeMap<u64, Digest> {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
+    use std::io::Write as _;
 
     use super::*;
-    use crate::units::GIB;
-
-    /// Parts of a disk of these runs, data and zeros in turn, and how many blocks each has.
-    fn parts(runs: &[u64]) -> String {
-        let runs: Vec<Run> =
-            (0..).zip(runs).map(|(index, blocks)| Run { blocks: *blocks, zeros: index % 2 == 1 }).collect();
-        let parts =
-            cut(&runs).into_iter().map(|Run { blocks, zeros }| format!("{blocks}{}", if zeros { "z" } else { "" }));
-        parts.collect::<Vec<_>>().join(" ")
-    }
-
-    #[test]
-    fn parts_are_cut_where_zeros_begin_and_end() {
-        assert_eq!(parts(&[20]), "20");
-        assert_eq!(parts(&[100]), "17 17 17 17 16 16");
-        assert_eq!(parts(&[20, 110]), "20 11z 11z 11z 11z 11z 11z 11z 11z 11z 11z");
-        assert_eq!(parts(&[20, 110, 12]), "20 11z 11z 11z 11z 11z 11z 11z 11z 11z 11z 12");
-        // The data that begins and ends a disk is filled up with zeros.
-        assert_eq!(parts(&[1, 119, 1]), "10 11z 11z 11z 11z 11z 11z 11z 11z 11z 11z 1");
-        // Zeros that are too short for a part are sent.
-        assert_eq!(parts(&[20, 9, 20]), "17 16 16");
-        assert_eq!(parts(&[1, 12, 1]), "14");
-        assert_eq!(parts(&[20, 15]), "20 11z 4z");
-        // Sent once, longer zeros are cheaper than what is left over of many runs.
-        assert_eq!(parts(&[20, 14, 20, 14, 20, 14, 20]), "20 14z 20 14z 20 14z 20");
-        assert_eq!(parts(&[20, 14, 20, 12, 20]), "20 12z 22 12z 20");
-    }
-
-    proptest! {
-        #[test]
-        fn parts_cover_the_disk_once_within_s3s_limits(
-            runs in proptest::collection::vec(prop_oneof![1u64..40, 1u64..4000, 1u64..900_000], 1..60),
-            zeros_first: bool,
-        ) {
-            let runs: Vec<Run> = (0..).zip(&runs)
-                .map(|(index, blocks)| Run { blocks: *blocks, zeros: (index % 2 == 0) == zeros_first })
-                .collect();
-            let all: u64 = runs.iter().map(|run| run.blocks).sum();
-            prop_assume!(all * BLOCK <= 25_000 * GIB);
-            let parts = cut(&runs);
-            prop_assert!(parts.len() as u64 <= MOST);
-            prop_assert_eq!(parts.iter().map(|part| part.blocks).sum::<u64>(), all);
-            let (last, others) = parts.split_last().unwrap();
-            prop_assert!(last.blocks > 0);
-            for part in others {
-                prop_assert!(part.blocks >= SHORTEST && part.blocks * BLOCK <= 5 * GIB, "{part:?}");
-            }
-            // A part is zeros only where the disk is.
-            let is_data = |from: u64, to: u64| {
-                let mut end = 0;
-                runs.iter().any(|run| { let start = end; end += run.blocks; !run.zeros && start < to && end > from })
-            };
-            let mut end = 0;
-            for part in &parts {
-                let start = end;
-                end += part.blocks;
-                prop_assert!(!part.zeros || !is_data(start, end), "{part:?}");
-            }
-        }
-    }
+    use crate::units::{GIB, MIB};
 
     #[test]
     fn zeros_have_their_digest_without_being_read() {
-        use std::io::Write;
         let mut file = tempfile::tempfile().unwrap();
         let size = 2 * GIB;
         file.set_len(size).unwrap();
@@ -291,35 +185,34 @@ mod tests {
         let parts = Parts::of(&BlockMap::from_data(size, data));
         assert_eq!(parts.data(), 5 * MIB, "{parts:?}");
         let mut lengths = BTreeSet::new();
-        let some: Vec<Part> = parts.all.iter().copied().filter(|part| lengths.insert(part.length)).collect();
+        let some: Vec<&Piece> = parts.disk.iter().filter(|piece| lengths.insert(piece.part.length)).collect();
         assert!(some.len() > 1);
-        for part in some {
-            assert_eq!(parts.digest(&file, part).unwrap(), hash(&file, part.offset, part.length).unwrap());
+        for piece in some {
+            assert_eq!(parts.digest(&file, piece).unwrap(), hash(&file, &piece.extents).unwrap());
         }
         // Not even where there is something else by now.
-        let zeros = parts.zeros().next().unwrap();
+        let zeros = parts.disk.iter().find(|piece| piece.zeros).unwrap();
         let before = parts.digest(&file, zeros).unwrap();
-        file.write_all_at(b"kiln", zeros.offset).unwrap();
+        file.write_all_at(b"kiln", zeros.extents[0].offset).unwrap();
         assert_eq!(parts.digest(&file, zeros).unwrap(), before);
-    }
-
-    #[test]
-    fn of_zeros_of_5_mib_no_shorter_ones_are_copied() {
-        let part = |length: u64, zeros| Part { number: 1, offset: 0, length, zeros };
-        let copyable = |longest: u64, one: Part| {
-            Parts { all: vec![part(longest, true), one], longest, digests: OnceLock::new() }.is_copyable(one)
-        };
-        assert!(copyable(5 * MIB, part(5 * MIB, true)));
-        assert!(!copyable(5 * MIB, part(MIB, true)));
-        assert!(copyable(6 * MIB, part(MIB, true)));
-        assert!(!copyable(6 * MIB, part(6 * MIB, false)));
+        let (extent, digest) = parts.seed().unwrap();
+        assert_eq!(extent.length, 5 * MIB);
+        assert_eq!(digest, Digest::from(Sha256::digest(vec![0; 5 << 20])));
     }
 
     #[test]
     fn a_written_zero_is_a_zero() {
         let written = BlockMap::from_data(GIB, (0..2048).map(|index| (index, disk::Digest::of(&vec![0; 512 << 10]))));
-        assert_eq!(Parts::of(&written).all, Parts::of(&BlockMap::hole(GIB)).all);
+        assert_eq!(Parts::of(&written).disk, Parts::of(&BlockMap::hole(GIB)).disk);
         assert_eq!(Parts::of(&written).data(), 0);
+    }
+
+    #[test]
+    fn a_joint_is_read_in_its_order() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"0123456789").unwrap();
+        let extents = [(7, 2), (0, 3), (5, 1)].map(|(offset, length)| Extent { offset, length });
+        assert_eq!(hash(&file, &extents).unwrap(), Digest::from(Sha256::digest(b"780125")));
     }
 
     #[test]

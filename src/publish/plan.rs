@@ -198,6 +198,11 @@ impl Steps {
         self.0.first_mut().map(|step| &mut step.requests)
     }
 
+    /// The requests of the last one.
+    pub(super) fn last(&mut self) -> Option<&mut Requests> {
+        self.0.last_mut().map(|step| &mut step.requests)
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

@@ -1,27 +1,27 @@
-//! Parts on their way: several at once, each with its SHA-256, streamed from the file, or copied from zeros inside S3.
-//! Those that S3 has already, from a run before, are not sent.
+//! Parts on their way: several at once, each with its SHA-256, streamed from the file, or copied inside S3. Those that S3
+//! has already, from a run before, are not sent.
 
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use aws_sdk_s3::config::timeout::TimeoutConfig;
-use aws_sdk_s3::primitives::{ByteStream, Length};
+use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::ChecksumAlgorithm;
-use aws_smithy_types::body::SdkBody;
+use bytes::Bytes;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
-use super::Job;
 use super::client::Clients;
 use super::failure::Failure;
+use super::multipart::Upload;
 use super::object::StoredParts;
-use super::parts::{self, Digest, Part, Parts};
+use super::parts::{self, Digest, Extent, Part, Parts, Piece};
 use super::retry::{backoff, s3_once};
+use super::scratch::Source;
 use super::upload::Lost;
-use super::zeros::{self, Zeros};
+use super::{Job, body};
 use crate::error::Error;
 use crate::event::{Event, Events};
 
@@ -31,8 +31,10 @@ const ATTEMPTS: u32 = 6;
 const SLOWEST: u64 = 128 << 10;
 /// How many copies are in flight for each part that may be sent at once.
 const COPIES_BESIDE: usize = 4;
-/// How much of the file a part in flight holds in memory.
-const READ: usize = 256 << 10;
+/// How often a part is copied.
+const COPIES: u32 = 3;
+/// The slowest copy that is waited for, in bytes per second; S3 is many times faster.
+const SLOWEST_COPY: u64 = 8 << 20;
 
 /// A part that S3 has.
 #[derive(Debug)]
@@ -48,7 +50,7 @@ pub(super) struct Sent {
 pub(super) enum How {
     /// Over the line; whether S3 told the SHA-256 of what arrived.
     Sent { confirmed: bool },
-    /// From the zeros inside S3.
+    /// Inside S3.
     Copied,
     /// An earlier run, or another one, has sent it.
     Kept,
@@ -58,6 +60,8 @@ pub(super) enum How {
 pub(super) enum Sending {
     /// S3 has them all, in order.
     Done(Vec<Sent>),
+    /// One of them could be neither sent nor copied.
+    Failed(Lost),
     /// The upload isn't there any more: another run has completed or aborted it.
     Gone,
 }
@@ -75,56 +79,60 @@ pub(super) struct Line {
 
 /// What a part is read from.
 pub(super) enum Body<'a> {
-    /// This file, at the part's offset.
-    File(&'a Path),
+    /// These bytes of this file.
+    File(&'a Arc<File>, &'a [Extent]),
     /// Its bytes.
-    Memory(SdkBody),
+    Memory(Bytes),
 }
 
 /// Sends parts of a raw disk; shared by all that are in flight.
 pub(super) struct Sender {
     pub(super) line: Line,
-    pub(super) path: PathBuf,
     pub(super) file: Arc<File>,
+    /// Which know their digests.
     pub(super) parts: Arc<Parts>,
-    pub(super) zeros: Option<Zeros>,
+    /// Those that are sent: the disk's, or the scratch object's.
+    pub(super) pieces: Vec<Piece>,
+    /// What they are copied from.
+    pub(super) source: Option<Source>,
+    /// How many bytes were sent before, and how many will be after these.
+    pub(super) beside: (u64, u64),
 }
 
 /// Sends what S3 doesn't have of a raw disk.
 pub(super) async fn all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Sending, Error> {
-    let mut sent = Vec::with_capacity(sender.parts.all.len());
-    let of = |zeros: bool| sender.parts.all.clone().into_iter().filter(move |part| part.zeros == zeros).peekable();
-    let (mut data, mut zeros) = (of(false), of(true));
-    let mut running: JoinSet<Result<Sent, Lost>> = JoinSet::new();
-    // How many of them are on their way: of data, and of zeros.
+    let mut sent = Vec::with_capacity(sender.pieces.len());
+    let (copies, data): (Vec<Piece>, Vec<Piece>) =
+        sender.pieces.iter().cloned().partition(|piece| piece.source.is_some());
+    let (mut data, mut copies) = (data.into_iter().peekable(), copies.into_iter().peekable());
+    let mut running: JoinSet<Result<(Sent, bool), Lost>> = JoinSet::new();
+    // How many are on their way of those that have to be sent, and of those that can be copied.
     let (mut sending, mut copying) = (0, 0);
     let parallel = job.request.parallel.max(1);
     let mut progress = Progress::of(sender);
     progress.tell(sender);
     loop {
-        while let Some(part) = data.next_if(|_| sending < parallel) {
+        while let Some(piece) = data.next_if(|_| sending < parallel) {
             sending += 1;
-            running.spawn(Arc::clone(sender).send(part));
+            running.spawn(Arc::clone(sender).send(piece));
         }
-        // A copy costs the line nothing: only zeros that are sent wait for data.
-        let has_room = |part: &Part, copying| {
-            if sender.is_copied(*part) { copying < parallel * COPIES_BESIDE } else { sending + copying < parallel }
-        };
-        while let Some(part) = zeros.next_if(|part| has_room(part, copying)) {
+        // A copy costs the line nothing: only what is sent after all waits for data.
+        let room = if sender.copies() { parallel * COPIES_BESIDE } else { parallel.saturating_sub(sending) };
+        while let Some(piece) = copies.next_if(|_| copying < room) {
             copying += 1;
-            running.spawn(Arc::clone(sender).send(part));
+            running.spawn(Arc::clone(sender).send(piece));
         }
         // What still runs is ended with the set, when this returns.
         let Some(ended) = job.stop.or("the upload", running.join_next()).await? else { break };
         match ended.unwrap_or_else(|error| Err(Lost::Bug(error))) {
-            Ok(one) => {
-                *(if one.part.zeros { &mut copying } else { &mut sending }) -= 1;
-                progress.ended(sender, &one);
+            Ok((one, copyable)) => {
+                *(if copyable { &mut copying } else { &mut sending }) -= 1;
+                progress.ended(sender, &one, copyable);
                 sent.push(one);
                 progress.tell(sender);
             }
             Err(Lost::Refused(failure)) if failure.code == "NoSuchUpload" => return Ok(Sending::Gone),
-            Err(lost) => return Err(lost.into_error(job)),
+            Err(lost) => return Ok(Sending::Failed(lost)),
         }
     }
     sent.sort_unstable_by_key(|one| one.part.number);
@@ -134,21 +142,44 @@ pub(super) async fn all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Sending, 
     Ok(Sending::Done(sent))
 }
 
-/// How many of the parts would be sent, and how many copied from zeros, if that is possible; each with its bytes. Only what
-/// S3 has `stored` is read.
-pub(super) fn plan(parts: &Parts, file: &File, stored: &StoredParts, copies: bool) -> io::Result<[(u64, u64); 2]> {
+/// How many of the parts would be sent, and how many copied, if that is possible; each with its bytes. Only what S3 has
+/// `stored` is read.
+pub(super) fn plan<'a>(
+    pieces: impl IntoIterator<Item = &'a Piece>,
+    digest: impl Fn(&Piece) -> io::Result<Digest>,
+    stored: &StoredParts,
+    copies: bool,
+) -> io::Result<[(u64, u64); 2]> {
     let [mut sent, mut copied] = [(0, 0); 2];
-    for part in &parts.all {
+    for piece in pieces {
+        let part = piece.part;
         let there = stored.get(&part.number).filter(|stored| stored.size == part.length);
         if let Some(there) = there
-            && there.is(*part, &parts.digest(file, *part)?)
+            && there.is(part, &digest(piece)?)
         {
             continue;
         }
-        let how = if copies && parts.is_copyable(*part) { &mut copied } else { &mut sent };
+        let how = if copies && piece.source.is_some() { &mut copied } else { &mut sent };
         *how = (how.0 + 1, how.1 + part.length);
     }
     Ok([sent, copied])
+}
+
+/// How many bytes seem to be missing in what S3 has `stored`, in parts that can be copied, or in the others.
+pub(super) fn missing(pieces: &[Piece], stored: Option<&StoredParts>, copyable: bool) -> u64 {
+    let is_there = |part: &Part| stored.is_some_and(|stored| may_be_in(stored, *part));
+    let some = pieces.iter().filter(|piece| piece.source.is_some() == copyable).map(|piece| piece.part);
+    some.filter(|part| !is_there(part)).map(|part| part.length).sum()
+}
+
+/// Whether S3 has a part of this number and length; only its digest tells whether it is this one.
+fn may_be_in(stored: &StoredParts, part: Part) -> bool {
+    stored.get(&part.number).is_some_and(|stored| stored.size == part.length)
+}
+
+/// How many bytes of these were sent.
+pub(super) fn bytes_of(sent: &[Sent]) -> u64 {
+    sent.iter().filter(|one| matches!(one.how, How::Sent { .. })).map(|one| one.part.length).sum()
 }
 
 /// How far the upload is, in bytes that are sent; what is copied or there already costs nothing.
@@ -157,89 +188,84 @@ struct Progress {
     /// What is left in parts that have to be sent.
     data: u64,
     /// What is left in parts that are copied as long as that is possible.
-    zeros: u64,
+    copies: u64,
 }
 
 impl Progress {
     fn of(sender: &Sender) -> Self {
-        let length = |zeros: bool| {
-            let missing = sender.parts.all.iter().filter(|part| part.zeros == zeros && !sender.line.may_have(**part));
-            missing.map(|part| part.length).sum()
-        };
-        Self { done: 0, data: length(false), zeros: length(true) }
+        let length = |copyable| missing(&sender.pieces, Some(&sender.line.stored), copyable);
+        Self { done: 0, data: length(false), copies: length(true) }
     }
 
-    fn ended(&mut self, sender: &Sender, one: &Sent) {
+    fn ended(&mut self, sender: &Sender, one: &Sent, copyable: bool) {
         let length = one.part.length;
         // What S3 seemed to have wasn't counted: if it was sent all the same, there was more to send.
-        if !sender.line.may_have(one.part) {
-            let left = if one.part.zeros { &mut self.zeros } else { &mut self.data };
-            *left -= length;
+        if !may_be_in(&sender.line.stored, one.part) {
+            *(if copyable { &mut self.copies } else { &mut self.data }) -= length;
         }
         self.done += if matches!(one.how, How::Sent { .. }) { length } else { 0 };
     }
 
     fn tell(&self, sender: &Sender) {
-        let zeros = if sender.zeros.as_ref().is_some_and(Zeros::serve) { 0 } else { self.zeros };
-        let total = self.done + self.data + zeros;
-        sender.line.events.emit(Event::Progress { phase: "upload", done: self.done, total });
+        let copies = if sender.copies() { 0 } else { self.copies };
+        let (before, after) = sender.beside;
+        let done = before + self.done;
+        let total = done + self.data + copies + after;
+        sender.line.events.emit(Event::Progress { phase: "upload", done, total });
     }
 }
 
 impl Sender {
-    /// Whether the part is expected to be copied.
-    fn is_copied(&self, part: Part) -> bool {
-        self.parts.is_copyable(part) && self.zeros.as_ref().is_some_and(Zeros::serve)
+    /// Whether what can be copied is expected to be.
+    fn copies(&self) -> bool {
+        self.source.as_ref().is_some_and(Source::serves)
     }
 
-    async fn send(self: Arc<Self>, part: Part) -> Result<Sent, Lost> {
-        let hasher = Arc::clone(&self);
-        let digest = tokio::task::spawn_blocking(move || hasher.parts.digest(&hasher.file, part));
-        let digest = digest.await.map_err(Lost::Bug)?.map_err(Lost::Disk)?;
+    /// Brings one there. Returned is also whether it could have been copied.
+    async fn send(self: Arc<Self>, piece: Piece) -> Result<(Sent, bool), Lost> {
+        let copyable = piece.source.is_some();
+        let (hasher, part) = (Arc::clone(&self), piece.part);
+        let hash = move || hasher.parts.digest(&hasher.file, &piece).map(|digest| (piece, digest));
+        let (piece, digest) = tokio::task::spawn_blocking(hash).await.map_err(Lost::Bug)?.map_err(Lost::Disk)?;
         if let Some(kept) = self.line.kept(part, digest) {
-            return Ok(kept);
+            return Ok((kept, copyable));
         }
-        if self.is_copied(part)
-            && let Some(copied) = self.copy(part, digest).await
+        if let Some((source, offset)) = self.source.as_ref().zip(piece.source)
+            && source.serves()
         {
-            return Ok(copied);
-        }
-        self.line.deliver(part, digest, &Body::File(&self.path)).await
-    }
-
-    /// Copies a part of zeros inside S3; nothing if that can't be done: then sending it shows why, or works.
-    async fn copy(&self, part: Part, digest: Digest) -> Option<Sent> {
-        let zeros = self.zeros.as_ref()?;
-        for attempt in 1..=zeros::COPIES {
-            let why = match self
-                .copy_once(part, digest, (zeros.source(&self.line.bucket)?, zeros.range(part.length)))
-                .await
-            {
-                Ok(sent) => return Some(sent),
-                Err(failure) if failure.is_passing() && attempt < zeros::COPIES => failure.reason(),
-                Err(failure) => {
-                    if zeros.refuse() {
-                        let why = failure.reason();
-                        self.line.events.detail(format!("zeros can't be copied inside S3 and are sent: {why}"));
-                    }
-                    return None;
+            match self.copy(source, offset, part, digest).await {
+                Ok(copied) => return Ok((copied, copyable)),
+                Err(failure) if piece.extents.is_empty() => return Err(Lost::Refused(failure)),
+                // Sending it shows why, or works.
+                Err(failure) if source.refuse() => {
+                    let why = failure.reason();
+                    self.line.events.detail(format!("parts can't be copied inside S3 and are sent: {why}"));
                 }
-            };
-            let number = part.number;
-            self.line
-                .events
-                .detail(format!("part {number} is copied again ({attempt} of {} failed): {why}", zeros::COPIES));
-            sleep(backoff(attempt)).await;
+                Err(_) => {}
+            }
         }
-        None
+        let sent = self.line.deliver(part, digest, &Body::File(&self.file, &piece.extents)).await?;
+        Ok((sent, copyable))
     }
 
-    async fn copy_once(
-        &self,
-        part: Part,
-        digest: Digest,
-        (source, range): (String, Option<String>),
-    ) -> Result<Sent, Failure> {
+    /// Copies a part inside S3, again while that fails for reasons that pass.
+    async fn copy(&self, source: &Source, offset: u64, part: Part, digest: Digest) -> Result<Sent, Failure> {
+        let mut attempt = 1;
+        loop {
+            let failure = match self.copy_once(source, offset, part, digest).await {
+                Err(failure) if failure.is_passing() && attempt < COPIES && source.serves() => failure,
+                ended => return ended,
+            };
+            let (number, why) = (part.number, failure.reason());
+            self.line.events.detail(format!("part {number} is copied again ({attempt} of {COPIES} failed): {why}"));
+            sleep(backoff(attempt)).await;
+            attempt += 1;
+        }
+    }
+
+    async fn copy_once(&self, source: &Source, offset: u64, part: Part, digest: Digest) -> Result<Sent, Failure> {
+        let limit = Duration::from_secs(60 + part.length / SLOWEST_COPY);
+        let timeouts = TimeoutConfig::builder().operation_attempt_timeout(limit).operation_timeout(limit).build();
         let call = self
             .line
             .clients
@@ -249,25 +275,32 @@ impl Sender {
             .key(&self.line.key)
             .upload_id(&self.line.id)
             .part_number(part.number)
-            .copy_source(source)
-            .set_copy_source_range(range)
+            .copy_source(source.place(&self.line.bucket))
+            .set_copy_source_range(source.range(offset, part.length))
             .customize()
-            .config_override(s3_once().timeout_config(zeros::timeouts()));
+            .config_override(s3_once().timeout_config(timeouts));
         let answer = call.send().await.map_err(self.line.clients.failed("s3:UploadPartCopy"))?;
         let etag = answer.copy_part_result().and_then(|result| result.e_tag()).unwrap_or_default().to_owned();
         let arrived = answer.copy_part_result().and_then(|result| result.checksum_sha256());
         // Without the SHA-256 of a part an object can't be completed that was begun with them.
         if etag.is_empty() || arrived != Some(&parts::base64(&digest)) {
-            return Err(Failure::useless("s3:UploadPartCopy", "the copy's SHA-256 is not that of zeros, or not told"));
+            return Err(Failure::useless("s3:UploadPartCopy", "the copy's SHA-256 is another one, or is not told"));
         }
         Ok(Sent { part, digest, etag, how: How::Copied })
     }
 }
 
 impl Line {
-    /// Whether S3 has a part of this number and length; only its digest tells whether it is this one.
-    fn may_have(&self, part: Part) -> bool {
-        self.stored.get(&part.number).is_some_and(|stored| stored.size == part.length)
+    /// That to this upload.
+    pub(super) fn of(job: &Job<'_>, upload: &Upload) -> Self {
+        Self {
+            clients: Arc::clone(&job.clients),
+            events: job.events.clone(),
+            bucket: job.target.bucket.clone(),
+            key: upload.key.clone(),
+            id: upload.id.clone(),
+            stored: upload.stored.clone(),
+        }
     }
 
     /// The part, if S3 has it.
@@ -295,15 +328,8 @@ impl Line {
 
     async fn attempt(&self, part: Part, digest: Digest, body: &Body<'_>, attempt: u32) -> Result<Sent, Lost> {
         let body = match body {
-            Body::Memory(bytes) => bytes.try_clone().map(ByteStream::new).unwrap_or_default(),
-            Body::File(path) => ByteStream::read_from()
-                .path(path)
-                .offset(part.offset)
-                .length(Length::Exact(part.length))
-                .buffer_size(READ)
-                .build()
-                .await
-                .map_err(|error| Lost::Disk(std::io::Error::other(error)))?,
+            Body::Memory(bytes) => bytes.clone().into(),
+            Body::File(file, extents) => body::of(file, extents),
         };
         let expected = parts::base64(&digest);
         let answer = self
@@ -317,7 +343,7 @@ impl Line {
             .checksum_algorithm(ChecksumAlgorithm::Sha256)
             .checksum_sha256(&expected)
             .content_length(i64::try_from(part.length).unwrap_or(i64::MAX))
-            .body(body)
+            .body(ByteStream::new(body))
             .customize()
             .config_override(s3_once().timeout_config(part_timeouts(part.length, attempt)))
             .send()

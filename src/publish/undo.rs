@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use super::failure::{Failure, Kind};
 use super::import::{RUN_TAG, State, look};
 use super::lock::Lock;
-use super::{Job, ebs, image, import, object};
+use super::{Job, ebs, image, import, multipart, object};
 use crate::error::{Error, Exit};
 use crate::event::Event;
 
@@ -27,10 +27,10 @@ const GONE: u32 = 3;
 /// Something that was made, or that may have been. Without an id, the request's answer is not known.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Made {
-    /// A multipart upload of the target's key; while it is `completing`, there may be the object instead.
-    Upload { id: Option<String>, completing: bool },
-    /// An object of this disk: the target's, or the one of zeros beside it. Unless it is `sure`, no answer told that it
-    /// was made, or which version of it.
+    /// A multipart upload; while it is `completing`, there may be the object instead.
+    Upload { key: String, id: Option<String>, completing: bool },
+    /// An object of this disk: the target's, or one beside it that parts are copied from. Unless it is `sure`, no answer told
+    /// that it was made, or which version of it.
     Object { key: String, version: Option<String>, sure: bool },
     /// An import task, tagged with the target's run.
     Task { id: Option<String> },
@@ -175,7 +175,7 @@ async fn take_back(job: &Job<'_>, made: &Made) -> Result<(), String> {
             Made::Task { id } => undo_task(job, id.as_deref()).await,
             Made::Object { key, version, sure: true } => undo_object(job, key, version.as_deref(), None).await,
             Made::Object { key, .. } => undo_object(job, key, None, Some(GONE)).await,
-            Made::Upload { id, completing } => undo_upload(job, id.as_deref(), *completing).await,
+            Made::Upload { key, id, completing } => undo_upload(job, key, id.as_deref(), *completing).await,
         }
     });
     match ended.await {
@@ -237,16 +237,14 @@ fn in_words(job: &Job<'_>, made: &Made) -> String {
         }
         Made::Object { key, sure: false, .. } => format!("perhaps object s3://{}/{key}", target.bucket),
         Made::Object { key, .. } => format!("object s3://{}/{key}", target.bucket),
-        Made::Upload { id: None, .. } => {
-            format!("perhaps an unfinished upload of s3://{}/{}", target.bucket, target.key)
-        }
-        Made::Upload { .. } => format!("unfinished upload of s3://{}/{}", target.bucket, target.key),
+        Made::Upload { key, id: None, .. } => format!("perhaps an unfinished upload of s3://{}/{key}", target.bucket),
+        Made::Upload { key, .. } => format!("unfinished upload of s3://{}/{key}", target.bucket),
     }
 }
 
 fn by_hand(job: &Job<'_>, made: &Made) -> String {
     let target = &job.target;
-    let (region, bucket, key) = (&target.region, &target.bucket, &target.key);
+    let (region, bucket) = (&target.region, &target.bucket);
     match made {
         Made::Image { id: Some(id), .. } => format!("aws ec2 deregister-image --region {region} --image-id {id}"),
         Made::Image { id: None, name, .. } => format!(
@@ -265,7 +263,7 @@ fn by_hand(job: &Job<'_>, made: &Made) -> String {
         Made::Object { key, version: Some(version), .. } => {
             format!("aws s3api delete-object --bucket {bucket} --key {key} --version-id {version}")
         }
-        Made::Upload { id, .. } => {
+        Made::Upload { key, id, .. } => {
             let id = id.as_deref().unwrap_or("ID");
             format!("aws s3api abort-multipart-upload --bucket {bucket} --key {key} --upload-id {id}")
         }
@@ -422,31 +420,31 @@ async fn find_and_delete_object(job: &Job<'_>, key: &str, looks: u32) -> Result<
     Ok(None)
 }
 
-async fn undo_upload(job: &Job<'_>, id: Option<&str>, completing: bool) -> Result<Option<Made>, Left> {
+async fn undo_upload(job: &Job<'_>, key: &str, id: Option<&str>, completing: bool) -> Result<Option<Made>, Left> {
     let id = match id {
         Some(id) => Some(id.to_owned()),
         // It was begun because there was none: this is it, or one that another host has begun, which will begin again.
-        None => search(|| async { Ok(object::unfinished(job).await?.into_iter().next()) }).await?,
+        None => search(|| multipart::unfinished(job, key)).await?,
     };
     let Some(id) = id else {
         return Err(Left::because("no answer to CreateMultipartUpload came, and there is none so far"));
     };
-    let made = || Made::Upload { id: Some(id.clone()), completing };
-    if let Err(failure) = abort(job, &id).await {
+    let made = || Made::Upload { key: key.to_owned(), id: Some(id.clone()), completing };
+    if let Err(failure) = abort(job, key, &id).await {
         return Left::unless(Err(failure), made());
     }
     // Only now: until it is aborted, S3 may still be putting the object together.
     if !completing {
         return Ok(Some(made()));
     }
-    let object = undo_object(job, &job.target.key, None, Some(1)).await?;
+    let object = undo_object(job, key, None, Some(1)).await?;
     Ok(object.or_else(|| Some(made())))
 }
 
-async fn abort(job: &Job<'_>, id: &str) -> Result<(), Failure> {
-    let (s3, target) = (&job.clients.s3, &job.target);
+async fn abort(job: &Job<'_>, key: &str, id: &str) -> Result<(), Failure> {
+    let (s3, bucket) = (&job.clients.s3, &job.target.bucket);
     loop {
-        let call = s3.abort_multipart_upload().bucket(&target.bucket).key(&target.key).upload_id(id);
+        let call = s3.abort_multipart_upload().bucket(bucket).key(key).upload_id(id);
         match call.send().await.map_err(job.clients.failed("s3:AbortMultipartUpload")) {
             Ok(_) => {}
             Err(failure) if failure.is_not_found() => return Ok(()),
@@ -454,7 +452,7 @@ async fn abort(job: &Job<'_>, id: &str) -> Result<(), Failure> {
             Err(failure) => return Err(failure),
         }
         // A part that was still on its way when the upload was aborted may be stored after it.
-        let call = s3.list_parts().bucket(&target.bucket).key(&target.key).upload_id(id).max_parts(1);
+        let call = s3.list_parts().bucket(bucket).key(key).upload_id(id).max_parts(1);
         if call.send().await.is_err() {
             return Ok(());
         }
@@ -483,7 +481,7 @@ mod tests {
     #[test]
     fn a_note_changes_with_what_is_known_and_goes_when_nothing_was_made() {
         let mut undo = Undo::default();
-        let upload = undo.will_make(Made::Upload { id: None, completing: false });
+        let upload = undo.will_make(Made::Upload { key: "web.raw".to_owned(), id: None, completing: false });
         let task = undo.will_make(Made::Task { id: None });
         let object = Made::Object { key: "web.raw".to_owned(), version: None, sure: true };
         undo.made(upload, object.clone());

@@ -6,54 +6,66 @@
 
 use std::fs::File;
 use std::sync::Arc;
-use std::time::Duration;
 
-use aws_sdk_s3::config::timeout::TimeoutConfig;
-use aws_sdk_s3::types::{ChecksumAlgorithm, ChecksumType, CompletedMultipartUpload, CompletedPart};
 use tokio::task::JoinError;
 
 use super::Job;
 use super::action::Action::{
     AbortMultipartUpload, CompleteMultipartUpload, CreateMultipartUpload, DeleteObject, DescribeImportSnapshotTasks,
-    HeadObject, ListParts, PutObject, UploadPart, UploadPartCopy,
+    HeadObject, ListParts, UploadPart, UploadPartCopy,
 };
 use super::failure::Failure;
 use super::lock::{Busy, Lock};
-use super::object::{self, Object, StoredParts};
-use super::parts::{self, Digest, Parts};
+use super::multipart::{self, Completed, take_up};
+use super::object::{self, Object};
+use super::parts::{self, Parts};
 use super::plan::{self, Count, Requests, Steps, Way};
-use super::retry::{Try, s3_once};
+use super::scratch::{self, Scratch};
 use super::send::{self, How, Line, Sender, Sending, Sent};
 use super::undo::{Made, Undo};
-use super::{ebs, vmdk, zeros};
+use super::{ebs, vmdk};
 use crate::error::{Error, Exit};
 use crate::recipe::DiskFormat;
 use crate::store::Identity;
 use crate::units::{GIB, Size};
 
-/// S3 puts the parts together before it answers.
-const COMPLETE: Duration = Duration::from_mins(5);
-
-/// What came of it.
+/// What came of it: how many parts of the disk and of its scratch object.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Uploaded {
-    /// How many parts there are; none if the object was there.
-    parts: usize,
-    /// How many of them were copied from zeros instead of sent.
+    /// Were sent.
+    sent: usize,
+    /// Were copied inside S3 instead.
     copied: usize,
-    /// How many of them were there already.
+    /// Were there already.
     kept: usize,
 }
 
+impl Uploaded {
+    /// How these came there.
+    pub(super) fn of(parts: &[Sent]) -> Self {
+        let count = |is: fn(&How) -> bool| parts.iter().filter(|one| is(&one.how)).count();
+        Self {
+            sent: count(|how| matches!(how, How::Sent { .. })),
+            copied: count(|how| *how == How::Copied),
+            kept: count(|how| *how == How::Kept),
+        }
+    }
+
+    fn and(self, other: Self) -> Self {
+        let Self { sent, copied, kept } = self;
+        Self { sent: sent + other.sent, copied: copied + other.copied, kept: kept + other.kept }
+    }
+}
+
 pub(super) fn in_words(uploaded: Option<&Uploaded>) -> String {
-    let Some(Uploaded { parts, copied, kept }) = uploaded else {
+    let Some(Uploaded { sent, copied, kept }) = uploaded else {
         return "another kiln has ended this upload".to_owned();
     };
-    if *parts == 0 {
+    if sent + copied + kept == 0 {
         return "the object was there".to_owned();
     }
-    let sent = format!("{} parts, each with its SHA-256", parts - copied - kept);
-    let copied = if *copied > 0 { format!(", and {copied} of zeros that were not sent") } else { String::new() };
+    let sent = format!("{sent} parts, each with its SHA-256");
+    let copied = if *copied > 0 { format!(", and {copied} copied inside S3 instead") } else { String::new() };
     let kept = if *kept > 0 { format!("; {kept} were there") } else { String::new() };
     sent + &copied + &kept
 }
@@ -69,46 +81,47 @@ pub(super) async fn plan(job: &Job<'_>, way: &mut Way) -> Result<u64, Error> {
     let existing = Box::pin(existing(job, &disk)).await?;
     let left = Box::pin(object::left(job)).await?;
     if let Existing::Whole(object) = existing {
-        let aborted = left.ids().count() as u64;
-        let zeros = matches!(disk.form, Form::Raw(_)) && Box::pin(zeros::are_left(job)).await?;
+        let tools = if matches!(disk.form, Form::Raw(_)) { Box::pin(scratch::are_left(job)).await? } else { 0 };
         let requests = way.steps.step(format!("use s3://{}/{}, which is the disk", job.target.bucket, job.target.key));
-        requests.extend(&job.clients.asked()).exactly(DeleteObject, zeros.into());
-        plan_aborts(requests, aborted);
+        requests.extend(&job.clients.asked()).exactly(DeleteObject, tools);
+        plan_aborts(requests, left.count());
         let stays = object.is_kept || job.request.object.keep;
         way.cost.object = Some(plan::Object { bytes: Count::exactly(object.size()), stays });
         return Ok((!stays).into());
     }
-    let others = left.others.len() as u64;
-    let (begun, stored) = left.begun.unzip();
     let size = job.request.size * GIB;
-    let there = stored.as_ref().map(|stored| format!("; {} parts were there", stored.len())).unwrap_or_default();
-    let (zeros, [sent, copied], words, bytes) = match &disk.form {
-        Form::Raw(parts) => {
-            let zeros = Box::pin(zeros::plan(job, parts, stored.as_ref())).await?;
-            let amounts = disk.amounts(job, parts, stored.unwrap_or_default(), zeros.copies).await?;
-            let data = Size(parts.data());
-            let from = format!(", zeros from s3://{}, which is deleted then", zeros::place(job));
-            let from = if zeros.copies { from.as_str() } else { "" };
-            let words = format!("in {} parts ({data} in parts with data{there}){from}", parts.all.len());
-            (zeros, amounts.map(|(count, bytes)| [count, bytes].map(Count::exactly)), words, Count::exactly(size))
+    let stored = left.disk.begun.as_ref().map(|(_, stored)| stored);
+    let there = stored.map(|stored| format!("; {} parts were there", stored.len())).unwrap_or_default();
+    let (scratch, [sent, copied], words, bytes) = match &disk.form {
+        Form::Raw(disk) => {
+            let scratch = Box::pin(scratch::plan(job, disk, stored, &left.scratch)).await?;
+            let (stored, copies) = (stored.cloned().unwrap_or_default(), scratch.copies);
+            let amounts = move |parts: &Parts, file: &File| {
+                send::plan(&parts.disk, |piece| parts.digest(file, piece), &stored, copies)
+            };
+            let amounts = disk.read(job, amounts).await?.map(|(count, bytes)| [count, bytes].map(Count::exactly));
+            let from = format!(", zeros and lone data from s3://{}/{}", job.target.bucket, scratch::key(job));
+            let from = if copies { format!("{from}, which is deleted then") } else { String::new() };
+            let data = Size(disk.parts.data());
+            let words = format!("in {} parts ({data} in parts with data{there}){from}", disk.parts.disk.len());
+            (scratch, amounts, words, Count::exactly(size))
         }
         Form::Vmdk => {
             let (parts, bytes) = Box::pin(vmdk::most(job)).await?;
             let sent = [parts, bytes].map(Count::at_most);
-            (zeros::Plan::default(), [sent, Default::default()], format!("compressed (VMDK{there})"), sent[1])
+            (scratch::Plan::default(), [sent, Default::default()], format!("compressed (VMDK{there})"), sent[1])
         }
     };
     let requests = way.steps.step(match disk.form {
         Form::Raw(_) => format!("upload {} {words}", begins(job)),
         Form::Vmdk => format!("upload {}, {words}", begins(job)),
     });
-    requests.extend(&job.clients.asked()).exactly(PutObject, zeros.put.is_some().into());
-    requests.exactly(CreateMultipartUpload, begun.is_none().into());
+    requests.extend(&job.clients.asked()).exactly(CreateMultipartUpload, stored.is_none().into());
     requests.add(UploadPart, sent[0]).add(UploadPartCopy, copied[0]).exactly(CompleteMultipartUpload, 1);
-    plan_aborts(requests.exactly(DeleteObject, zeros.deleted), others);
+    plan_aborts(requests, left.disk.others.len() as u64 + scratch.aborted);
     way.cost.bytes_sent += sent[1];
-    way.cost.bytes_sent += Count::exactly(zeros.put.unwrap_or_default());
     way.cost.bytes_copied_in_s3 += copied[1];
+    scratch.tell(way);
     let stays = job.request.object.keep;
     way.cost.object = Some(plan::Object { bytes, stays });
     // What is overwritten where versions are kept is below the new one.
@@ -157,43 +170,28 @@ struct Disk {
 
 /// As what.
 enum Form {
-    Raw(Arc<Parts>),
+    Raw(scratch::Disk),
     Vmdk,
 }
 
 impl Disk {
     fn open(job: &Job<'_>) -> Result<Self, Error> {
-        let file = open_disk(job)?;
+        let file = Arc::new(open_disk(job)?);
         let before = identity(job, &file)?;
         let form = match job.request.object.format {
-            DiskFormat::Raw => Form::Raw(Arc::new(Parts::of(&ebs::block_map(job)?))),
+            DiskFormat::Raw => {
+                let parts = Arc::new(Parts::of(&ebs::block_map(job)?));
+                Form::Raw(scratch::Disk { file: Arc::clone(&file), parts })
+            }
             DiskFormat::Vmdk => Form::Vmdk,
         };
-        Ok(Self { file: Arc::new(file), form, before })
-    }
-
-    /// How many parts would be sent, and how many copied, each with its bytes.
-    async fn amounts(
-        &self,
-        job: &Job<'_>,
-        parts: &Arc<Parts>,
-        stored: StoredParts,
-        copies: bool,
-    ) -> Result<[(u64, u64); 2], Error> {
-        let (file, parts) = (Arc::clone(&self.file), Arc::clone(parts));
-        let all = move || send::plan(&parts, &file, &stored, copies);
-        let amounts = job.stop.or("what is to be sent", tokio::task::spawn_blocking(all)).await?;
-        amounts.map_err(|error| Lost::Bug(error).into_error(job))?.map_err(unreadable(job))
+        Ok(Self { file, form, before })
     }
 
     /// How long an object of the disk is, and what S3 says of its parts' SHA-256.
     async fn checksum(&self, job: &Job<'_>) -> Result<(u64, String), Error> {
-        let Form::Raw(parts) = &self.form else { return vmdk::checksum(job).await };
-        let (file, parts) = (Arc::clone(&self.file), Arc::clone(parts));
-        let all = move || parts.all.iter().map(|part| parts.digest(&file, *part)).collect::<std::io::Result<Vec<_>>>();
-        let digests = job.stop.or("the disk's digests", tokio::task::spawn_blocking(all)).await?;
-        let digests = digests.map_err(|error| Lost::Bug(error).into_error(job))?.map_err(unreadable(job))?;
-        Ok((job.request.size * GIB, parts::composite(&digests)))
+        let Form::Raw(disk) = &self.form else { return vmdk::checksum(job).await };
+        Ok((job.request.size * GIB, disk.checksum(job, |parts| &parts.disk).await?))
     }
 }
 
@@ -245,10 +243,13 @@ pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<Option<Uplo
             }
             // And what has helped to make it.
             if let Form::Raw(_) = disk.form {
-                let _ = Box::pin(zeros::take_over(job, undo)).await?;
+                Box::pin(scratch::take_over(job, undo)).await?;
             }
-            for id in Box::pin(object::left(job)).await?.ids() {
-                undo.take_over(Made::Upload { id: Some(id), completing: false });
+            let left = Box::pin(object::left(job)).await?;
+            for (key, left) in [(&job.target.key, left.disk), (&scratch::key(job), left.scratch)] {
+                left.ids().for_each(|id| {
+                    undo.take_over(multipart::unfinished_of(key, Some(id.clone())));
+                });
             }
             Some(Uploaded::default())
         }
@@ -279,47 +280,42 @@ fn of_version(job: &Job<'_>, version: Option<String>) -> Made {
 /// Goes on with an upload, or begins one, and completes it. None if another run has ended it.
 async fn send_all(job: &Job<'_>, undo: &mut Undo, disk: &Disk, if_absent: bool) -> Result<Option<Uploaded>, Error> {
     let left = Box::pin(object::left(job)).await?;
-    for id in left.others {
-        undo.take_over(Made::Upload { id: Some(id), completing: false });
+    let stored = left.disk.begun.as_ref().map(|(_, stored)| stored);
+    let scratch = match &disk.form {
+        Form::Raw(disk) => Box::pin(scratch::make(job, undo, disk, stored, left.scratch)).await?,
+        Form::Vmdk => Scratch::default(),
+    };
+    if let Some(stored) = stored {
+        let there = stored.len();
+        job.events.note(format!("going on with an upload that was begun before: {there} parts are there"));
     }
-    let (begun, stored) = left.begun.unzip();
-    let zeros = match &disk.form {
-        Form::Raw(parts) => Box::pin(zeros::make(job, undo, parts, stored.as_ref())).await?,
-        Form::Vmdk => None,
-    };
-    let stored = stored.unwrap_or_default();
-    let (entry, id) = match begun {
-        Some(id) => {
-            job.events.note(format!("going on with an upload that was begun before: {} parts are there", stored.len()));
-            (undo.take_over(Made::Upload { id: Some(id.clone()), completing: false }), id)
-        }
-        None => create(job, undo).await?,
-    };
-    let line = Line {
-        clients: Arc::clone(&job.clients),
-        events: job.events.clone(),
-        bucket: job.target.bucket.clone(),
-        key: job.target.key.clone(),
-        id: id.clone(),
-        stored,
-    };
+    let upload = Box::pin(take_up(job, undo, &job.target.key, left.disk)).await?;
+    let upload = upload.map_err(|failure| job.error(failure))?;
+    let line = Line::of(job, &upload);
     let sending = match &disk.form {
-        Form::Raw(parts) => {
-            let (path, file, parts) = (job.request.disk.clone(), Arc::clone(&disk.file), Arc::clone(parts));
-            let sender = Arc::new(Sender { line, path, file, parts, zeros });
-            Box::pin(send::all(job, &sender)).await?
+        Form::Raw(scratch::Disk { file, parts }) => {
+            let (file, parts, pieces) = (Arc::clone(file), Arc::clone(parts), parts.disk.clone());
+            let sender = Sender { line, file, parts, pieces, source: scratch.source, beside: (scratch.sent, 0) };
+            Box::pin(send::all(job, &Arc::new(sender))).await?
         }
         Form::Vmdk => Box::pin(vmdk::send(job, &Arc::new(line))).await?,
     };
-    let Sending::Done(sent) = sending else {
-        undo.forget(entry);
-        return Ok(None);
+    let sent = match sending {
+        Sending::Done(sent) => sent,
+        Sending::Failed(lost) => return Err(lost.into_error(job)),
+        Sending::Gone => {
+            upload.is_gone(undo);
+            return Ok(None);
+        }
     };
-    let count = |how| sent.iter().filter(|one| one.how == how).count();
-    let uploaded = Uploaded { parts: sent.len(), copied: count(How::Copied), kept: count(How::Kept) };
+    let uploaded = scratch.uploaded.and(Uploaded::of(&sent));
+    let whole = parts::composite(&sent.iter().map(|one| one.digest).collect::<Vec<_>>());
     unchanged(job, &disk.file, &disk.before)?;
-    let completed = Box::pin(complete(job, undo, entry, Completing { id, sent, if_absent })).await?;
-    Ok(completed.then_some(uploaded))
+    match Box::pin(upload.complete(job, undo, sent, if_absent)).await?.map_err(|failure| job.error(failure))? {
+        Completed::Whole(Some(arrived)) if arrived != whole => Err(damaged(job)),
+        Completed::Whole(_) => Ok(Some(uploaded)),
+        Completed::ByAnother => Ok(None),
+    }
 }
 
 /// Deletes what is of no use once the object is there: the zeros, and unfinished uploads of it.
@@ -377,39 +373,6 @@ fn unreadable(job: &Job<'_>) -> impl FnOnce(std::io::Error) -> Error {
     move |error| Error::io(words, &error)
 }
 
-async fn create(job: &Job<'_>, undo: &mut Undo) -> Result<(usize, String), Error> {
-    let made = |id| Made::Upload { id, completing: false };
-    let (entry, answer) = job.make("the start of the upload", undo, made(None), |attempt| begin(job, attempt)).await?;
-    let id = answer.map_err(|failure| job.error(failure))?;
-    undo.made(entry, made(Some(id.clone())));
-    Ok((entry, id))
-}
-
-async fn begin(job: &Job<'_>, attempt: Try) -> Result<String, Failure> {
-    // Asked twice, S3 begins two uploads: an earlier request's is used.
-    if attempt.doubtful
-        && let Some(id) = object::unfinished(job).await?.into_iter().next()
-    {
-        return Ok(id);
-    }
-    let call = job
-        .clients
-        .s3
-        .create_multipart_upload()
-        .bucket(&job.target.bucket)
-        .key(&job.target.key)
-        .content_type("application/octet-stream")
-        .checksum_algorithm(ChecksumAlgorithm::Sha256)
-        .checksum_type(ChecksumType::Composite)
-        .set_metadata(Some(object::metadata(job)))
-        .set_server_side_encryption(object::encryption(job))
-        .set_ssekms_key_id(object::key_id(job))
-        .customize()
-        .config_override(s3_once());
-    let answer = call.send().await.map_err(job.clients.failed("s3:CreateMultipartUpload"))?;
-    answer.upload_id.ok_or_else(|| Failure::found("s3:CreateMultipartUpload", "the answer has no upload id".to_owned()))
-}
-
 /// Why a piece of the disk wasn't sent.
 pub(super) enum Lost {
     Disk(std::io::Error),
@@ -425,85 +388,6 @@ impl Lost {
             Self::Bug(error) => Error::new(Exit::Bug, format!("an upload thread ended: {error}")),
         }
     }
-}
-
-/// What is put together.
-struct Completing {
-    id: String,
-    sent: Vec<Sent>,
-    /// Only where no object is there: what is there is not this run's.
-    if_absent: bool,
-}
-
-/// Has S3 put the parts together. The undo entry of the upload becomes that of the object. `false` if another run has ended
-/// the upload, or made an object meanwhile.
-async fn complete(job: &Job<'_>, undo: &mut Undo, entry: usize, all: Completing) -> Result<bool, Error> {
-    let Completing { id, sent, if_absent } = all;
-    let digests: Vec<Digest> = sent.iter().map(|one| one.digest).collect();
-    let whole = parts::composite(&digests);
-    let size = sent.iter().map(|one| one.part.length).sum();
-    let parts = sent.into_iter().map(completed_part).collect();
-    let timeouts = TimeoutConfig::builder().operation_attempt_timeout(COMPLETE).operation_timeout(COMPLETE * 2).build();
-    let call = job
-        .clients
-        .s3
-        .complete_multipart_upload()
-        .bucket(&job.target.bucket)
-        .key(&job.target.key)
-        .upload_id(&id)
-        .checksum_type(ChecksumType::Composite)
-        .set_if_none_match(if_absent.then(|| "*".to_owned()))
-        .multipart_upload(CompletedMultipartUpload::builder().set_parts(Some(parts)).build())
-        .customize()
-        .config_override(aws_sdk_s3::config::Builder::new().timeout_config(timeouts));
-    let what = "S3 to put the parts together";
-    job.stop.check(what)?;
-    let unfinished = |completing| Made::Upload { id: Some(id.clone()), completing };
-    undo.made(entry, unfinished(true));
-    let failure = match job.stop.creating(what, call.send()).await? {
-        Ok(answer) => {
-            undo.made(entry, of_version(job, object::real_version(answer.version_id)));
-            return match answer.checksum_sha256 {
-                Some(arrived) if arrived != whole => Err(damaged(job)),
-                _ => Ok(true),
-            };
-        }
-        Err(error) => job.clients.failed("s3:CompleteMultipartUpload")(error),
-    };
-    let gone = failure.code == "NoSuchUpload";
-    // There is an object, or there was while the parts were put together ("How to prevent object overwrites", S3 User Guide).
-    if !gone && !matches!(failure.code.as_str(), "PreconditionFailed" | "ConditionalRequestConflict") {
-        return Err(job.error(failure));
-    }
-    let found = job.stop.or("the uploaded object", Box::pin(object::look(job, &job.target.key))).await?;
-    if !gone {
-        undo.made(entry, unfinished(false));
-    }
-    match found {
-        // Perhaps it is this upload's: the first answer was lost, and the SDK has asked again.
-        Ok(Some(object)) if object.is_of_disk(job) && object.is(size, &whole) => {
-            if gone {
-                undo.forget(entry);
-            }
-            undo.take_over(of_version(job, object.version));
-            Ok(true)
-        }
-        Ok(_) => {
-            if gone {
-                undo.forget(entry);
-            }
-            Ok(false)
-        }
-        Err(_) => Err(job.error(failure)),
-    }
-}
-
-fn completed_part(sent: Sent) -> CompletedPart {
-    CompletedPart::builder()
-        .part_number(sent.part.number)
-        .e_tag(sent.etag)
-        .checksum_sha256(parts::base64(&sent.digest))
-        .build()
 }
 
 fn damaged(job: &Job<'_>) -> Error {

@@ -106,7 +106,7 @@ pub(super) async fn send(job: &Job<'_>, line: &Arc<Line>) -> Result<Sending, Err
                     job.events.emit(Event::Progress { phase: "upload", done, total: total - kept });
                 }
                 Err(Lost::Refused(failure)) if failure.code == "NoSuchUpload" => return Ok(Sending::Gone),
-                Err(lost) => return Err(lost.into_error(job)),
+                Err(lost) => return Ok(Sending::Failed(lost)),
             },
         }
     }
@@ -153,8 +153,7 @@ fn make(path: &Path, room: Option<Room>, take: impl FnMut(Piece) -> bool) -> Res
         total.store(all, Ordering::Relaxed);
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
-    let mut cutter =
-        Cutter { take, room, next: None, number: 0, offset: 0, told: 0, done: &done, total: &total, gone: false };
+    let mut cutter = Cutter { take, room, next: None, number: 0, told: 0, done: &done, total: &total, gone: false };
     let made = write_vmdk(&image, &mut cutter, &Work { threads, progress: &progress, cancelled: &|| false });
     // Whoever takes no more knows why.
     if cutter.gone { Ok(()) } else { made.map(|()| cutter.finish()) }
@@ -167,7 +166,6 @@ struct Cutter<'a, T> {
     /// The part that is being filled, how long it will be, and the room for it.
     next: Option<(Vec<u8>, usize, Option<OwnedSemaphorePermit>)>,
     number: i32,
-    offset: u64,
     /// How much of the data is in parts.
     told: u64,
     done: &'a AtomicU64,
@@ -189,11 +187,11 @@ impl<T: FnMut(Piece) -> bool> Cutter<'_, T> {
     }
 
     fn hand_over(&mut self, bytes: Vec<u8>, room: Option<OwnedSemaphorePermit>) -> bool {
-        let part = Part { number: self.number, offset: self.offset, length: bytes.len() as u64, zeros: false };
+        let part = Part { number: self.number, length: bytes.len() as u64 };
         let (done, total) = (self.done.load(Ordering::Relaxed), self.total.load(Ordering::Relaxed));
         let piece =
             Piece { part, digest: Sha256::digest(&bytes).into(), bytes, data: done - self.told, total, _room: room };
-        (self.offset, self.told) = (self.offset + part.length, done);
+        self.told = done;
         self.gone |= !(self.take)(piece);
         !self.gone
     }
@@ -248,7 +246,6 @@ mod tests {
 
         let (mut joined, mut data, mut numbers) = (Vec::<u8>::new(), 0, Vec::new());
         make(&disk, None, |piece| {
-            assert_eq!(piece.part.offset, joined.len() as u64);
             assert_eq!(piece.digest, Digest::from(Sha256::digest(&piece.bytes)));
             numbers.push((piece.part.number, piece.part.length));
             joined.extend(&piece.bytes);
@@ -279,7 +276,6 @@ mod tests {
             room: None,
             next: None,
             number: 0,
-            offset: 0,
             told: 0,
             done: &zero,
             total: &zero,

@@ -69,6 +69,7 @@ fn in_a_bucket_only_what_kiln_has_put_there_goes() {
     let disk = format!("kiln/web-{DIGEST}.raw");
     put(&disk, &own);
     put(&format!("web-{DIGEST}.raw.zeros"), "x-none: x");
+    put(&format!("web-{DIGEST}.raw.scratch"), &own);
     for (key, header) in [
         ("web.raw".to_owned(), own.as_str()),
         (format!("other-{DIGEST}.raw"), "x-none: x"),
@@ -76,15 +77,17 @@ fn in_a_bucket_only_what_kiln_has_put_there_goes() {
     ] {
         put(&key, header);
     }
-    for key in [format!("web-{DIGEST}.raw"), "theirs.raw".to_owned()] {
+    for key in [format!("web-{DIGEST}.raw"), format!("web-{DIGEST}.raw.scratch"), "theirs.raw".to_owned()] {
         stage.aws.s3("POST", &format!("images/{key}?uploads"), &[], b"");
     }
-    assert_eq!(stage.aws.resources()[..2], [5, 2]);
+    assert_eq!(stage.aws.resources()[..2], [6, 3]);
     let ask = ["--bucket", "images", "--older", "0s", "--region", "eu-west-1", "--yes"];
     let lines = sweep(&stage, &ask).run().succeeded();
     let expected = [
         format!("us-east-1 unfinished upload of s3://images/web-{DIGEST}.raw"),
+        format!("us-east-1 unfinished upload of s3://images/web-{DIGEST}.raw.scratch"),
         format!("us-east-1 object s3://images/{disk}"),
+        format!("us-east-1 object s3://images/web-{DIGEST}.raw.scratch"),
         format!("us-east-1 object s3://images/web-{DIGEST}.raw.zeros"),
     ];
     assert_eq!(lines.lines().collect::<Vec<_>>(), expected, "in the bucket's region, whichever was asked for");

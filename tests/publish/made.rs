@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{NOTHING, ONE_IMAGE, PARTS, Stage};
+use super::{JOINTS, NOTHING, ONE_IMAGE, PARTS, SCRATCH, Stage};
 
 /// The parameters of the only call of an action, next to dry runs.
 #[track_caller]
@@ -70,13 +70,13 @@ fn an_image_with_all_that_it_needs() {
 fn parts_are_sent_side_by_side_and_the_object_goes_when_it_is_imported() {
     let stage = Stage::new();
     // As many as are sent at once have no answer for a while.
-    stage.aws.fault(&json!({ "action": "s3:UploadPart", "delay": 2, "count": 4 }));
+    stage.aws.fault(&json!({ "action": "s3:UploadPart", "delay": 2, "skip": JOINTS, "count": 4 }));
     stage.published(stage.publish().run());
-    let parts = stage.aws.requests("s3:UploadPart");
+    let parts = stage.for_disk("s3:UploadPart");
     let begin = |part: usize| parts[part]["time"].as_f64().unwrap();
     assert!(begin(3) - begin(0) < 2.0, "the first four are on their way before the first has arrived");
     assert!(begin(4) - begin(0) >= 2.0, "and no fifth");
-    let all = [parts, stage.aws.requests("s3:UploadPartCopy")].concat();
+    let all = [parts, stage.for_disk("s3:UploadPartCopy")].concat();
     let mut numbers: Vec<u64> =
         all.iter().map(|part| part["parameters"]["partNumber"].as_str().unwrap().parse().unwrap()).collect();
     numbers.sort_unstable();
@@ -98,6 +98,9 @@ fn parts_are_sent_side_by_side_and_the_object_goes_when_it_is_imported() {
     s3:CreateMultipartUpload
     s3:UploadPart
     s3:CompleteMultipartUpload
+    s3:CreateMultipartUpload
+    s3:UploadPart
+    s3:CompleteMultipartUpload
     s3:DeleteObject
     ec2:DescribeImportSnapshotTasks
     ec2:ImportSnapshot
@@ -115,26 +118,27 @@ fn bytes(stage: &Stage, action: &str) -> u64 {
 }
 
 #[test]
-fn zeros_are_copied_and_not_sent() {
+fn zeros_and_what_is_beside_them_are_copied() {
     let stage = Stage::new();
     let kiln = stage.aws.with(stage.bench.kiln(["--format", "json", "publish", "out/web"]));
     let ran = kiln.run();
     assert_eq!(ran.code, Some(0), "{}", ran.stderr);
     let copies = stage.aws.requests("s3:UploadPartCopy").len() as u64;
-    let zeros = bytes(&stage, "s3:PutObject");
-    assert!(zeros < 10 << 20, "{zeros}");
+    assert_eq!(bytes(&stage, "s3:PutObject"), 5 << 20, "the zeros that all others are made of");
     let manifest: Value = serde_json::from_str(&stage.bench.read("out/web/manifest.json")).unwrap();
     let data = manifest["data_bytes"].as_u64().unwrap();
     let sent = bytes(&stage, "s3:UploadPart");
-    assert!((data..data + (16 << 20)).contains(&sent), "of {data} bytes of data {sent} are sent");
+    // Thirteen blocks of zeros are too near to other data.
+    assert_eq!(sent, data + (13 << 19), "of {data} bytes of data");
     let events = ran.events();
     let upload: Vec<_> = events.iter().filter(|event| event["phase"] == "upload").collect();
     let progress: Vec<_> = upload.iter().filter(|event| event["event"] == "progress").collect();
     assert!(progress.iter().all(|event| event["total"] == sent), "{progress:?}");
     assert_eq!(progress.last().unwrap()["done"], sent);
-    let words = format!("{} parts, each with its SHA-256, and {copies} of zeros that were not sent", PARTS - copies);
+    let words =
+        format!("{} parts, each with its SHA-256, and {copies} copied inside S3 instead", PARTS + SCRATCH - copies);
     assert_eq!(upload.last().unwrap()["detail"], words);
-    assert_eq!(stage.aws.resources(), ONE_IMAGE, "the zeros' object is gone as well");
+    assert_eq!(stage.aws.resources(), ONE_IMAGE, "what was copied from is gone as well");
     stage.assert_arrived();
 }
 
@@ -143,11 +147,11 @@ fn zeros_are_copied_and_not_sent() {
 fn where_zeros_can_not_be_copied_they_are_sent() {
     let stage = Stage::new();
     stage.aws.fault(&json!({ "action": "s3:UploadPartCopy", "error": "SlowDown", "count": 3 }));
-    stage.aws.fault(&json!({ "action": "s3:UploadPartCopy", "error": "AccessDenied", "skip": 40 }));
+    stage.aws.fault(&json!({ "action": "s3:UploadPartCopy", "error": "AccessDenied", "skip": SCRATCH + 8 }));
     let kiln = stage.aws.with(stage.bench.kiln(["-v", "publish", "out/web"]));
     let ran = kiln.run();
     assert_eq!(ran.code, Some(0), "{}", ran.stderr);
-    let told = ran.stderr.matches("zeros can't be copied inside S3 and are sent: AccessDenied").count();
+    let told = ran.stderr.matches("parts can't be copied inside S3 and are sent: AccessDenied").count();
     assert_eq!(told, 1, "{}", ran.stderr);
     assert!(ran.stderr.contains("is copied again (1 of 3 failed): SlowDown"), "{}", ran.stderr);
     let sent = bytes(&stage, "s3:UploadPart");
@@ -155,13 +159,26 @@ fn where_zeros_can_not_be_copied_they_are_sent() {
     assert_eq!(stage.aws.resources(), ONE_IMAGE);
     stage.assert_arrived();
 
-    let stage = Stage::new();
-    stage.aws.fault(&json!({ "action": "s3:PutObject", "error": "AccessDenied" }));
-    let ran = stage.aws.with(stage.bench.kiln(["-v", "publish", "out/web"])).run();
-    assert_eq!(ran.code, Some(0), "{}", ran.stderr);
-    assert!(ran.stderr.contains("zeros can't be kept in S3 and are sent: AccessDenied"), "{}", ran.stderr);
-    assert_eq!(stage.aws.requests("s3:UploadPart").len() as u64, PARTS);
-    assert_eq!(stage.aws.resources(), ONE_IMAGE);
+    // Nor can anything of what they are copied from be made.
+    for (action, skip) in [
+        ("s3:PutObject", 0),
+        ("s3:CreateMultipartUpload", 0),
+        ("s3:UploadPartCopy", 0),
+        ("s3:UploadPartCopy", SCRATCH - JOINTS - 1),
+        ("s3:UploadPart", 0),
+        ("s3:CompleteMultipartUpload", 0),
+    ] {
+        let stage = Stage::new();
+        let count = if action == "s3:UploadPartCopy" { 50 } else { 1 };
+        stage.aws.fault(&json!({ "action": action, "error": "AccessDenied", "skip": skip, "count": count }));
+        let ran = stage.aws.with(stage.bench.kiln(["-v", "publish", "out/web"])).run();
+        assert_eq!(ran.code, Some(0), "{action}: {}", ran.stderr);
+        let words = "nothing can be copied inside S3, and zeros are sent: AccessDenied";
+        assert!(ran.stderr.contains(words), "{action}: {}", ran.stderr);
+        assert_eq!(stage.for_disk("s3:UploadPart").len() as u64, PARTS, "{action}");
+        assert_eq!(stage.aws.resources(), ONE_IMAGE, "{action}");
+        stage.assert_arrived();
+    }
 }
 
 #[test]
@@ -192,7 +209,7 @@ fn progress_and_states_are_told() {
 fn what_passes_is_asked_again_and_nothing_is_made_twice() {
     let stage = Stage::new();
     for fault in [
-        json!({ "action": "s3:UploadPart", "error": "SlowDown", "skip": 1, "count": 1 }),
+        json!({ "action": "s3:UploadPart", "error": "SlowDown", "count": 1 }),
         json!({ "action": "s3:UploadPart", "close": true, "skip": 2, "count": 1 }),
         json!({ "action": "s3:UploadPart", "error": "InternalError", "skip": 3, "count": 1 }),
         json!({ "action": "s3:UploadPart", "error": "BadDigest", "skip": 4, "count": 1 }),
@@ -217,7 +234,9 @@ fn lost_answers_make_nothing_twice() {
     for (action, skip) in [
         ("s3:PutObject", 0),
         ("s3:CreateMultipartUpload", 0),
+        ("s3:CreateMultipartUpload", 1),
         ("s3:CompleteMultipartUpload", 0),
+        ("s3:CompleteMultipartUpload", 1),
         ("ec2:ImportSnapshot", 1),
         ("ec2:RegisterImage", 0),
     ] {

@@ -28,7 +28,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::support::{Aws, Base, Bench, Kiln, Ran, Running, append_data, tool, wait_until, write_base};
+use crate::support::{Aws, Base, Bench, Kiln, Ran, Running, append_data, append_hole, tool, wait_until, write_base};
 
 /// A built disk of 1 GiB, and an endpoint to publish it to.
 struct Stage {
@@ -38,7 +38,11 @@ struct Stage {
 }
 
 /// How many parts S3 is given of a stage's disk.
-const PARTS: u64 = 156;
+const PARTS: u64 = 25;
+/// How many it is given of the scratch object, which most of those are copied from.
+const SCRATCH: u64 = 15;
+/// How many of the scratch object's are sent, before the first of the disk.
+const JOINTS: u64 = 1;
 /// Nothing at the endpoint: no objects, no unfinished uploads, no snapshots, no images, no running imports.
 const NOTHING: [u64; 5] = [0; 5];
 /// What a published image leaves there.
@@ -68,8 +72,14 @@ impl Stage {
 
     /// Of a recipe with these tables.
     fn of(recipe: &str) -> Self {
-        // Enough for several parts.
-        Self::on(recipe, |base| append_data(base, 40 << 20))
+        Self::on(recipe, |base| {
+            // Enough for several parts, and then some that is too short for one.
+            append_data(base, 40 << 20);
+            for _ in 0..2 {
+                append_hole(base, 60 << 20);
+                append_data(base, 300 << 10);
+            }
+        })
     }
 
     /// On a base that was changed so.
@@ -130,6 +140,13 @@ impl Stage {
         // Written to a file first, a gibibyte of zeros would take longer than all the rest.
         let compare = "curl -fsS --max-time 120 \"$0\" | cmp - \"$1\"";
         tool(Command::new("sh").args(["-c", compare, &url]).arg(self.bench.path("out/web/disk.raw")), "");
+    }
+
+    /// The requests of an action for the disk's own object.
+    fn for_disk(&self, action: &str) -> Vec<Value> {
+        let mut requests = self.aws.requests(action);
+        requests.retain(|call| call["resource"].as_str().unwrap().ends_with(".raw"));
+        requests
     }
 
     /// What `published.json` says.

@@ -28,6 +28,12 @@ pub(crate) fn append_data(path: &Path, len: u64) {
     std::io::copy(&mut std::io::repeat(b'd').take(len), &mut { file }).unwrap();
 }
 
+/// Adds so many bytes without data.
+pub(crate) fn append_hole(path: &Path, len: u64) {
+    let file = std::fs::File::options().write(true).open(path).unwrap();
+    file.set_len(file.metadata().unwrap().len() + len).unwrap();
+}
+
 /// The same of data that doesn't get smaller.
 pub(crate) fn append_noise(path: &Path, len: usize) {
     let mut state = 1_u64;

@@ -15,7 +15,7 @@ use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
 pub(crate) use aws::Aws;
-pub(crate) use base::{Base, append_data, append_noise, tool, write_base};
+pub(crate) use base::{Base, append_data, append_hole, append_noise, tool, write_base};
 pub(crate) use proxy::{Deed, Harm, Proxy, Way};
 pub(crate) use terminal::Terminal;
 

@@ -54,7 +54,7 @@ pub enum Thing {
         /// Its task's id.
         id: String,
     },
-    /// An object with a disk, or with zeros for one.
+    /// An object with a disk, or one that parts of a disk are copied from.
     Object {
         /// Its bucket.
         bucket: String,
@@ -239,7 +239,7 @@ async fn is_kilns(place: &Place, bucket: &str, key: &str, disk: &Key<'_>) -> Res
     }
 }
 
-/// A key that `rules::key_stem` has made.
+/// A key that `rules::key_stem` has begun.
 #[derive(Debug, PartialEq, Eq)]
 struct Key<'a> {
     name: &'a str,
@@ -248,9 +248,11 @@ struct Key<'a> {
 }
 
 impl<'a> Key<'a> {
-    /// `PREFIX/NAME-DIGEST.raw`, with the start of the disk's digest, perhaps `-RUN` after it, and perhaps `.zeros`.
+    /// `PREFIX/NAME-DIGEST.raw`, with the start of the disk's digest, perhaps `-RUN` after it, and perhaps `.zeros` or
+    /// `.scratch`.
     fn read(key: &'a str) -> Option<Self> {
         let last = key.rsplit('/').next()?;
+        let last = last.strip_suffix(".scratch").unwrap_or(last);
         let (last, zeros) = last.strip_suffix(".zeros").map_or((last, false), |rest| (rest, true));
         let stem = last.strip_suffix(".raw").or_else(|| last.strip_suffix(".vmdk"))?;
         let is_hex = |text: &str| {
@@ -314,6 +316,7 @@ mod tests {
         let disk = |zeros| Some(("web-1".to_owned(), digest.to_owned(), zeros));
         assert_eq!(read(&format!("web-1-{digest}-{run}.raw")), disk(false));
         assert_eq!(read(&format!("a/b/web-1-{digest}-{run}.raw.zeros")), disk(true));
+        assert_eq!(read(&format!("web-1-{digest}.raw.scratch")), disk(false));
         assert_eq!(read(&format!("web-1-{digest}.vmdk")), disk(false));
         let long = digest.repeat(2);
         assert_eq!(read(&format!("web-{long}.raw")), Some(("web".to_owned(), long, false)));
