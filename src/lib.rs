@@ -105,8 +105,10 @@
 //!   has its image, or has failed.
 //! - Whatever is made is noted before it is asked for, and carries tags by which it is found again: the disk's digest, the
 //!   recipe's name, a digest of all that an image is registered with, the run. What is found is used; nothing is made twice.
-//! - How the disk is cut for S3 follows from its block map and nothing else (`publish/parts.rs`), and so does what is written by
+//! - How the disk is cut for S3 follows from its block map and nothing else (`publish/cut.rs`), and so does what is written by
 //!   EBS direct, with the map of the snapshot that it is built on (`publish/parent.rs`).
+//! - What S3 can copy inside itself is not sent: zeros, and data too short for a part, which comes with zeros beside it from a
+//!   scratch object (`publish/scratch.rs`). Where that can't be made or copied from, the same parts are sent.
 //! - What a dry run tells (`publish/plan.rs`) each module says beside where it does it. A test publishes and compares.
 //! - What a kiln that was killed has left is gone on with, or deleted, by the next publish of the disk; `kiln sweep` finds
 //!   the rest.

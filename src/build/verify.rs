@@ -12,7 +12,7 @@ use crate::disk::{self, Image};
 use crate::error::{Error, Exit};
 use crate::event::Events;
 use crate::recipe::{self, Recipe};
-use crate::store::{self, Store};
+use crate::store::{self, Identity, Store};
 
 /// Reads the base image and the base in the cache again. Steps' own inputs are read whole in every build.
 pub(super) fn base(recipe: &Recipe, store: &Store, events: &Events, cancel: &Cancel) -> Result<(), Error> {
@@ -59,7 +59,7 @@ pub(super) fn look_over(
 
 /// Compares the disk of an output folder with its block map, unless this host has built it since it was last started and
 /// nobody has changed it, which `store` knows; and waits until the host's disk has it. What is made of the disk carries
-/// its digest.
+/// its digest. Returned is what the disk was when it was looked at.
 ///
 /// # Errors
 /// When it is not what was built, or can't be read.
@@ -69,17 +69,18 @@ pub fn check_disk(
     store: Option<&Store>,
     events: &Events,
     cancel: &Cancel,
-) -> Result<(), Error> {
+) -> Result<Identity, Error> {
     let disk = folder.join(DISK);
     let shown = disk.display();
     // What could not be written is told to whoever asks first, and reads as something else from then on.
-    File::open(&disk).and_then(|file| file.sync_all()).map_err(|error| {
+    let opened = File::open(&disk).and_then(|file| file.sync_all().and_then(|()| Identity::of(&file)));
+    let before = opened.map_err(|error| {
         Error::new(Exit::Input, format!("cannot rely on `{shown}`: {error}")).help("build it again")
     })?;
     if store.is_some_and(|store| store.knows_disk(&disk, &manifest.digest)) {
-        return Ok(());
+        return Ok(before);
     }
-    let Some(why) = damage(folder, manifest, store, events, cancel)? else { return Ok(()) };
+    let Some(why) = damage(folder, manifest, store, events, cancel)? else { return Ok(before) };
     Err(Error::new(Exit::Input, format!("`{shown}` is not known to be what was built: {why}")).help("build it again"))
 }
 
@@ -96,7 +97,7 @@ fn damage(
         Some(_) => format!("{DISK} is damaged"),
     };
     let disk = folder.join(DISK);
-    let before = File::open(&disk).and_then(|file| Ok((store::Identity::of(&file)?, file))).ok();
+    let before = File::open(&disk).and_then(|file| Ok((Identity::of(&file)?, file))).ok();
     let read = || -> Result<Option<String>, Error> {
         let compared = store::pass("verify", events, cancel, |work| {
             store::differences(&disk, &folder.join(BLOCKS), Some(manifest.digest.as_str()), work)
@@ -121,10 +122,10 @@ fn add_sum(artifact: Artifact, request: &Request, events: &Events, cancel: &Canc
     let here = PathBuf::from(format!("/proc/self/fd/{}", handle.as_raw_fd()));
     let manifest = Manifest::read(&here)?;
     let disk = Arc::new(File::open(here.join(DISK)).map_err(failed)?);
-    let before = store::Identity::of(&disk).map_err(failed)?;
+    let before = Identity::of(&disk).map_err(failed)?;
     let image = Image::new(Arc::<File>::clone(&disk), &folder.join(DISK)).map_err(disk_failure)?;
     let sha256 = sum(&image, events, cancel)?;
-    if manifest.digest != seen.digest || store::Identity::of(&disk).map_err(failed)? != before {
+    if manifest.digest != seen.digest || Identity::of(&disk).map_err(failed)? != before {
         return Ok(None);
     }
     if manifest.sha256.as_ref().is_some_and(|old| *old != sha256) {

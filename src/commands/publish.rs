@@ -33,7 +33,7 @@ pub(super) fn run(context: &Context<'_>, arguments: Publish) -> Result<(), Error
     let events = context.ui.events();
     // Without a cache nothing is known of the disk, and it is read once more.
     let store = context.store().ok();
-    let request = request(&manifest, &arguments, store.clone(), &events)?;
+    let mut request = request(&manifest, &arguments, store.clone(), &events)?;
     if arguments.iam_policy {
         let policy = publish::policy(&request)?;
         context.ui.result(&serde_json::to_string_pretty(&policy).unwrap_or_default(), &policy);
@@ -43,7 +43,8 @@ pub(super) fn run(context: &Context<'_>, arguments: Publish) -> Result<(), Error
         drop(events);
         return check(context, &request);
     }
-    build::check_disk(&arguments.outdir, &manifest, store.as_ref(), &events, context.cancel)?;
+    let compared = build::check_disk(&arguments.outdir, &manifest, store.as_ref(), &events, context.cancel)?;
+    request.compared = Some(compared);
     if arguments.object.upload_only {
         return object::upload(context, &request, &events);
     }
@@ -177,6 +178,7 @@ fn request(manifest: &Manifest, arguments: &Publish, store: Option<Store>, event
     let (via, regions) = (via(manifest, arguments)?, regions(manifest, arguments)?);
     Ok(Request {
         disk: arguments.outdir.join(DISK),
+        compared: None,
         size: manifest.size / GIB,
         digest: manifest.digest.clone(),
         name: manifest.name.clone(),

@@ -328,9 +328,9 @@ mod tests {
             "20<32 25z<0 25z<0 10<52 17z<0 16z<0 10<22 25z<0 25z<0 20 20 | 4 seeds 121+2 0+20 70+1"
         );
         // Without other data, and without zeros that are long enough, it is filled up.
-        assert_eq!(parts(&[1, 99, 1]), "10 30z<0 30z<0 29z<0 1 | 3 seeds");
+        assert_eq!(parts(&[1, 99, 1]), "10 30z<0 30z<0 30z<0 1 | 3 seeds");
         // Data that ends a disk needs no zeros.
-        assert_eq!(parts(&[20, 99, 1]), "20 33z<0 33z<0 33z<0 1 | 3 seeds");
+        assert_eq!(parts(&[20, 99, 1]), "20 25z<0 25z<0 25z<0 24z<0 1 | 3 seeds");
     }
 
     fn index(blocks: u64) -> usize {

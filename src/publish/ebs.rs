@@ -75,8 +75,7 @@ pub(super) async fn upload(
     undo: &mut Undo,
     journal: &mut Option<Journal>,
 ) -> Result<Result<Written, Failure>, Error> {
-    let file = upload::open_disk(job)?;
-    let before = upload::identity(job, &file)?;
+    let (file, before) = upload::open_disk(job)?;
     let map = block_map(job)?;
     let (journal, begun, blocks) = if let Some((left, begun, blocks)) = Box::pin(take_up(job, undo, &map)).await? {
         (journal.insert(left), begun, blocks)
@@ -407,7 +406,7 @@ struct Sender {
     clients: Arc<Clients>,
     events: Events,
     snapshot: String,
-    file: File,
+    file: Arc<File>,
     begun: Instant,
 }
 

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::parent::Parents;
 use crate::recipe::{BootMode, DiskFormat, Ebs, Encryption, Release, Via, Volume};
-use crate::store::Store;
+use crate::store::{Identity, Store};
 
 /// What the image's instances run on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -50,6 +50,8 @@ pub struct ObjectOptions {
 pub struct Request {
     /// The raw disk. It is only read.
     pub disk: PathBuf,
+    /// What it was when it was compared with its block map; none: it was not, and nothing is made of it.
+    pub compared: Option<Identity>,
     /// Its size in GiB.
     pub size: u64,
     /// Its digest in hex, as the manifest has it.
@@ -141,6 +143,7 @@ pub struct Undated {
 pub(super) fn example() -> Request {
     Request {
         disk: PathBuf::from("disk.raw"),
+        compared: None,
         size: 4,
         digest: "0123456789abcdef0123456789abcdef".to_owned(),
         name: "web".to_owned(),

@@ -107,7 +107,7 @@ pub(super) async fn plan(job: &Job<'_>, way: &mut Way) -> Result<u64, Error> {
             (scratch, amounts, words, Count::exactly(size))
         }
         Form::Vmdk => {
-            let (parts, bytes) = Box::pin(vmdk::most(job)).await?;
+            let (parts, bytes) = Box::pin(vmdk::most(job, &disk.file)).await?;
             let sent = [parts, bytes].map(Count::at_most);
             (scratch::Plan::default(), [sent, Default::default()], format!("compressed (VMDK{there})"), sent[1])
         }
@@ -176,8 +176,7 @@ enum Form {
 
 impl Disk {
     fn open(job: &Job<'_>) -> Result<Self, Error> {
-        let file = Arc::new(open_disk(job)?);
-        let before = identity(job, &file)?;
+        let (file, before) = open_disk(job)?;
         let form = match job.request.object.format {
             DiskFormat::Raw => {
                 let parts = Arc::new(Parts::of(&ebs::block_map(job)?));
@@ -190,7 +189,7 @@ impl Disk {
 
     /// How long an object of the disk is, and what S3 says of its parts' SHA-256.
     async fn checksum(&self, job: &Job<'_>) -> Result<(u64, String), Error> {
-        let Form::Raw(disk) = &self.form else { return vmdk::checksum(job).await };
+        let Form::Raw(disk) = &self.form else { return vmdk::checksum(job, &self.file).await };
         Ok((job.request.size * GIB, disk.checksum(job, |parts| &parts.disk).await?))
     }
 }
@@ -298,7 +297,7 @@ async fn send_all(job: &Job<'_>, undo: &mut Undo, disk: &Disk, if_absent: bool) 
             let sender = Sender { line, file, parts, pieces, source: scratch.source, beside: (scratch.sent, 0) };
             Box::pin(send::all(job, &Arc::new(sender))).await?
         }
-        Form::Vmdk => Box::pin(vmdk::send(job, &Arc::new(line))).await?,
+        Form::Vmdk => Box::pin(vmdk::send(job, &disk.file, &Arc::new(line))).await?,
     };
     let sent = match sending {
         Sending::Done(sent) => sent,
@@ -350,21 +349,20 @@ pub(super) async fn delete_imported(job: &Job<'_>, undo: &mut Undo, key: &str) {
     }
 }
 
-pub(super) fn open_disk(job: &Job<'_>) -> Result<File, Error> {
-    File::open(&job.request.disk).map_err(unreadable(job))
-}
-
-/// What the disk is now.
-pub(super) fn identity(job: &Job<'_>, file: &File) -> Result<Identity, Error> {
-    Identity::of(file).map_err(unreadable(job))
+/// Opens the disk, and tells what it is: what it was when it was compared with its block map.
+pub(super) fn open_disk(job: &Job<'_>) -> Result<(Arc<File>, Identity), Error> {
+    let file = File::open(&job.request.disk).map_err(unreadable(job))?;
+    let identity = Identity::of(&file).map_err(unreadable(job))?;
+    unchanged(job, &file, job.request.compared.as_ref().unwrap_or(&identity))?;
+    Ok((Arc::new(file), identity))
 }
 
 /// That the disk is what it was `before`.
 pub(super) fn unchanged(job: &Job<'_>, file: &File, before: &Identity) -> Result<(), Error> {
-    if identity(job, file)? == *before {
+    if Identity::of(file).map_err(unreadable(job))? == *before {
         return Ok(());
     }
-    let message = format!("the disk {} was changed while it was uploaded", job.request.disk.display());
+    let message = format!("the disk {} was changed while it was published", job.request.disk.display());
     Err(Error::new(Exit::Input, message).help("publish it again when nothing writes to it"))
 }
 

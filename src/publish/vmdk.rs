@@ -4,7 +4,6 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -44,11 +43,11 @@ struct Piece {
 }
 
 /// What S3 says of an object that is made of the stream, and how long it is.
-pub(super) async fn checksum(job: &Job<'_>) -> Result<(u64, String), Error> {
-    let path = job.request.disk.clone();
+pub(super) async fn checksum(job: &Job<'_>, disk: &Arc<File>) -> Result<(u64, String), Error> {
+    let image = opened(job, disk)?;
     let all = move || {
         let (mut size, mut digests) = (0, Vec::new());
-        make(&path, None, |piece| {
+        make(&image, None, |piece| {
             size += piece.part.length;
             digests.push(piece.digest);
             true
@@ -60,9 +59,9 @@ pub(super) async fn checksum(job: &Job<'_>) -> Result<(u64, String), Error> {
 }
 
 /// How many parts the stream can have, and how many bytes. How many it has, only making it tells.
-pub(super) async fn most(job: &Job<'_>) -> Result<(u64, u64), Error> {
-    let path = job.request.disk.clone();
-    let most = move || Image::raw(&path).and_then(|image| disk::longest_vmdk(&image));
+pub(super) async fn most(job: &Job<'_>, disk: &Arc<File>) -> Result<(u64, u64), Error> {
+    let image = opened(job, disk)?;
+    let most = move || disk::longest_vmdk(&image);
     let most = job.stop.or("the length of the VMDK", tokio::task::spawn_blocking(most)).await?;
     let most = most.map_err(|error| Lost::Bug(error).into_error(job))?.map_err(|error| failed(&error))?;
     Ok((parts_of(most), most))
@@ -79,10 +78,11 @@ fn parts_of(bytes: u64) -> u64 {
 }
 
 /// Makes the stream and sends what S3 doesn't have of it.
-pub(super) async fn send(job: &Job<'_>, line: &Arc<Line>) -> Result<Sending, Error> {
+pub(super) async fn send(job: &Job<'_>, disk: &Arc<File>, line: &Arc<Line>) -> Result<Sending, Error> {
     let (give, mut pieces) = mpsc::channel(1);
-    let (path, room) = (job.request.disk.clone(), (Handle::current(), Arc::new(Semaphore::new(BESIDE))));
-    let maker = tokio::task::spawn_blocking(move || make(&path, Some(room), |piece| give.blocking_send(piece).is_ok()));
+    let (image, room) = (opened(job, disk)?, (Handle::current(), Arc::new(Semaphore::new(BESIDE))));
+    let maker =
+        tokio::task::spawn_blocking(move || make(&image, Some(room), |piece| give.blocking_send(piece).is_ok()));
     let mut running: JoinSet<Result<(Sent, u64), Lost>> = JoinSet::new();
     let (mut sent, mut more, mut done, mut kept) = (Vec::new(), true, 0, 0);
     let mut total = 0;
@@ -143,10 +143,13 @@ fn failed(error: &disk::Error) -> Error {
 /// Where the stream waits until there is room for its next part.
 type Room = (Handle, Arc<Semaphore>);
 
+/// The disk that is open already: at its path there may be another one by now.
+fn opened(job: &Job<'_>, disk: &Arc<File>) -> Result<Image, Error> {
+    Image::new(Arc::<File>::clone(disk), &job.request.disk).map_err(|error| failed(&error))
+}
+
 /// Makes the stream; ends early once `take` says that it takes no more.
-fn make(path: &Path, room: Option<Room>, take: impl FnMut(Piece) -> bool) -> Result<(), disk::Error> {
-    let file = File::open(path).map_err(|source| disk::Error::Open { path: path.to_owned(), source })?;
-    let image = Image::new(Arc::new(file), path)?;
+fn make(image: &Image, room: Option<Room>, take: impl FnMut(Piece) -> bool) -> Result<(), disk::Error> {
     let (done, total) = (AtomicU64::new(0), AtomicU64::new(0));
     let progress = |so_far, all| {
         done.store(so_far, Ordering::Relaxed);
@@ -154,7 +157,7 @@ fn make(path: &Path, room: Option<Room>, take: impl FnMut(Piece) -> bool) -> Res
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
     let mut cutter = Cutter { take, room, next: None, number: 0, told: 0, done: &done, total: &total, gone: false };
-    let made = write_vmdk(&image, &mut cutter, &Work { threads, progress: &progress, cancelled: &|| false });
+    let made = write_vmdk(image, &mut cutter, &Work { threads, progress: &progress, cancelled: &|| false });
     // Whoever takes no more knows why.
     if cutter.gone { Ok(()) } else { made.map(|()| cutter.finish()) }
 }
@@ -245,7 +248,7 @@ mod tests {
         write_vmdk(&image, &mut stream, &Work::quiet(2)).unwrap();
 
         let (mut joined, mut data, mut numbers) = (Vec::<u8>::new(), 0, Vec::new());
-        make(&disk, None, |piece| {
+        make(&image, None, |piece| {
             assert_eq!(piece.digest, Digest::from(Sha256::digest(&piece.bytes)));
             numbers.push((piece.part.number, piece.part.length));
             joined.extend(&piece.bytes);
@@ -259,7 +262,7 @@ mod tests {
         assert_eq!(numbers.len(), 3);
 
         let mut taken = 0;
-        make(&disk, None, |_| {
+        make(&image, None, |_| {
             taken += 1;
             false
         })

@@ -175,3 +175,33 @@ fn a_disk_that_is_not_what_was_built_is_not_sent() {
     let copy = stage.aws.with(stage.bench.kiln(["-q", "publish", "copy", "--cache-dir", "/proc/none"]));
     stage.published(copy.run());
 }
+
+/// Whoever writes to the disk after kiln has compared it would have something published that was never built.
+#[test]
+fn a_disk_that_changes_meanwhile_is_not_published() {
+    let raw = ["--via", "s3", "--bucket", "images"];
+    let ways: [(&[&str], &[&str]); 3] = [
+        (&raw, &["s3:HeadBucket", "s3:UploadPart"]),
+        (&[&raw[..], &["--disk-format", "vmdk"]].concat(), &["s3:HeadBucket", "s3:UploadPart"]),
+        (&["--via", "ebs"], &["ec2:DescribeImages", "ebs:PutSnapshotBlock"]),
+    ];
+    for (way, moments) in ways {
+        for action in moments {
+            let stage = Stage::new();
+            stage.aws.fault(&json!({ "action": action, "hold": true, "count": 1 }));
+            let kiln = stage.publish().args(way).start();
+            stage.aws.wait_until_held(action);
+            let disk =
+                std::fs::OpenOptions::new().read(true).write(true).open(stage.bench.path("out/web/disk.raw")).unwrap();
+            // What stands there already, so that nothing but the file's times tells.
+            let mut byte = [0];
+            disk.read_exact_at(&mut byte, 5 << 20).unwrap();
+            disk.write_all_at(&byte, 5 << 20).unwrap();
+            stage.aws.release();
+            let said = kiln.end().failed(3);
+            let words = "error: the disk out/web/disk.raw was changed while it was published\n |\nhelp: publish it again when nothing writes to it\n";
+            assert_eq!(said, words, "{way:?} {action}");
+            assert_eq!(stage.aws.resources(), NOTHING, "{way:?} {action}");
+        }
+    }
+}
