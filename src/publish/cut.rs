@@ -37,6 +37,8 @@ const USUAL: u64 = 8 * MIB / BLOCK;
 const FEW: u64 = 4;
 /// How many seeds the longest part of zeros has at most: S3 takes no part over 5 GiB.
 const SEEDS: u64 = 1024;
+/// And how many, as long as there are parts enough: so much is sent once more if it has to be sent, and fails.
+const USUAL_SEEDS: u64 = 12;
 /// How many joints there are at most: the scratch object has parts for the seeds, too.
 const JOINTS: usize = 4000;
 
@@ -125,15 +127,17 @@ fn cut_no_shorter(runs: &[Run], shortest: u64) -> Cut {
     let mut stretches = stretches(runs, shortest);
     let sum = |zeros| stretches.iter().filter(|one| one.is_zeros() == zeros).map(|one| one.span.blocks).sum::<u64>();
     let (data, zeros) = (sum(false), sum(true));
-    let usual = USUAL.max(shortest).max(data.div_ceil(MOST / 2));
+    // The longest part of data has less than twice that, and as the middle of a joint some at its ends.
+    let usual = USUAL.max(data.div_ceil(MOST / 2).min(SEEDS * SEED / 2 - SHORTEST)).max(shortest);
     if zeros < FEW * SEED {
         let parts = |one: Stretch| one.parts(if one.is_zeros() { u64::MAX } else { usual }, None);
         return Cut { disk: stretches.into_iter().flat_map(parts).collect(), scratch: Vec::new() };
     }
-    // The longer the longest zeros, the more copies make them, and the fewer are made of them.
-    let seeds =
-        (zeros / SEED).isqrt().max(zeros.div_ceil(SEED * MOST / 2)).max((2 * shortest).div_ceil(SEED)).min(SEEDS);
     let sides = if shortest == SHORTEST { sides(&mut stretches) } else { Sides::default() };
+    let longest = stretches.iter().filter(|one| one.is_zeros()).map(|one| one.span.blocks).max().unwrap_or_default();
+    // The longer the longest zeros, the more copies make them, and the fewer are made of them.
+    let best = (zeros / SEED).isqrt().min(USUAL_SEEDS).max(zeros.div_ceil(SEED * MOST / 2));
+    let seeds = best.max((2 * shortest).div_ceil(SEED)).min(longest.div_ceil(SEED)).min(SEEDS);
     let (mut disk, mut others) = (Vec::new(), Vec::new());
     for stretch in &stretches {
         let begin = disk.len();
@@ -335,6 +339,27 @@ mod tests {
 
     fn index(blocks: u64) -> usize {
         usize::try_from(blocks).unwrap()
+    }
+
+    #[test]
+    fn no_part_is_too_long_however_much_data_there_is() {
+        let all = 25_000 * GIB / BLOCK;
+        for odd in [5121, 9999, 10_450, 13_111] {
+            let Cut { disk, scratch } = cut(&runs(&[odd, 1000, 8, 1000, all - odd - 2008], false));
+            assert!(disk.len() as u64 <= MOST);
+            let joints = scratch.iter().map(|part| match part {
+                ScratchPart::Zeros => SEED,
+                ScratchPart::Joint(spans) => spans.iter().map(|span| span.blocks).sum(),
+            });
+            let longest = disk.iter().map(|part| part.span.blocks).chain(joints).max().unwrap();
+            assert!(longest * BLOCK <= 5 * GIB, "{odd}: {longest}");
+        }
+    }
+
+    #[test]
+    fn there_are_no_more_seeds_than_a_part_needs() {
+        assert!(parts(&[20, 30, 20, 30, 20, 30, 20, 30, 20, 30]).ends_with(" | 3 seeds"));
+        assert!(parts(&[20, 100_000]).ends_with(" | 12 seeds"));
     }
 
     fn lengths(longest: u64) -> impl Strategy<Value = Vec<u64>> {

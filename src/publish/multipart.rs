@@ -9,8 +9,8 @@ use super::Job;
 use super::failure::Failure;
 use super::object::{self, StoredParts, Unfinished};
 use super::parts::{self, Digest};
-use super::retry::{Try, s3_once};
-use super::send::Sent;
+use super::retry::{Try, patient, s3_once};
+use super::send::{Sent, UPLOAD_GONE};
 use super::undo::{Made, Undo};
 use crate::error::Error;
 
@@ -126,7 +126,7 @@ impl Upload {
             .set_if_none_match(if_absent.then(|| "*".to_owned()))
             .multipart_upload(CompletedMultipartUpload::builder().set_parts(Some(parts)).build())
             .customize()
-            .config_override(aws_sdk_s3::config::Builder::new().timeout_config(timeouts));
+            .config_override(patient(aws_sdk_s3::config::Builder::new().timeout_config(timeouts)));
         let what = "S3 to put the parts together";
         job.stop.check(what)?;
         let unfinished = |completing| Made::Upload { key: key.clone(), id: Some(id.clone()), completing };
@@ -139,7 +139,7 @@ impl Upload {
             }
             Err(error) => job.clients.failed("s3:CompleteMultipartUpload")(error),
         };
-        let gone = failure.code == "NoSuchUpload";
+        let gone = failure.code == UPLOAD_GONE;
         // There is an object, or there was while the parts were put together ("How to prevent object overwrites", S3 User Guide).
         if !gone && !matches!(failure.code.as_str(), "PreconditionFailed" | "ConditionalRequestConflict") {
             return Ok(Err(failure));

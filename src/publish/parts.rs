@@ -57,16 +57,12 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    /// Cuts the disk of this block map.
+    /// Cuts the disk of this block map, which has whole blocks only.
     pub(super) fn of(map: &BlockMap) -> Self {
         let zeros = disk::Digest::of_zeros();
         let blocks = map.blocks().iter().map(|block| block.is_none_or(|digest| digest == zeros));
         let Cut { disk, scratch } = cut(&Run::all(blocks));
-        // A disk may end within a block.
-        let extent = |Span { first, blocks }: Span| {
-            let offset = first * BLOCK;
-            Extent { offset, length: map.size().min(offset + blocks * BLOCK) - offset }
-        };
+        let extent = |Span { first, blocks }: Span| Extent { offset: first * BLOCK, length: blocks * BLOCK };
         let of_disk = |(number, DiskPart { span, zeros, source }): (i32, DiskPart)| {
             let extent = extent(span);
             let part = Part { number, length: extent.length };
@@ -101,7 +97,7 @@ impl Parts {
         self.scratch.iter().map(|piece| piece.part.length).sum()
     }
 
-    /// Zeros as long as the seed, and their digest.
+    /// Where the seed's zeros are, and their digest; none: nothing is copied.
     pub(super) fn seed(&self) -> Option<(Extent, Digest)> {
         let is_long = |piece: &&Piece| piece.zeros && piece.part.length >= SEED_LENGTH;
         let Extent { offset, .. } = *self.disk.iter().find(is_long)?.extents.first()?;

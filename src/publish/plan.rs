@@ -246,7 +246,7 @@ pub struct Transfer {
 pub struct Cost {
     /// What goes over the line to AWS, repeats and headers apart.
     pub bytes_sent: Count,
-    /// Zeros that are copied inside S3 instead.
+    /// What S3 copies inside itself instead.
     pub bytes_copied_in_s3: Count,
     /// What is stored in S3.
     pub object: Option<Object>,

@@ -6,6 +6,7 @@ use std::hash::{BuildHasher, Hasher};
 use std::time::Duration;
 
 use aws_config::retry::RetryConfig;
+use aws_config::stalled_stream_protection::StalledStreamProtectionConfig;
 
 use tokio::time::Instant;
 
@@ -117,7 +118,13 @@ pub(super) fn s3_once() -> aws_sdk_s3::config::Builder {
     aws_sdk_s3::config::Builder::new().retry_config(RetryConfig::disabled())
 }
 
-/// The same for EC2.
+/// Makes `config` fit for a request whose answer S3 begins at once, and ends when the work is done: until then not a byte moves (S3 API
+/// reference, `UploadPartCopy` and `CompleteMultipartUpload`). Its timeouts bound it.
+pub(super) fn patient(config: aws_sdk_s3::config::Builder) -> aws_sdk_s3::config::Builder {
+    config.stalled_stream_protection(StalledStreamProtectionConfig::disabled())
+}
+
+/// An override for requests of EC2 that the SDK must not repeat by itself.
 pub(super) fn ec2_once() -> aws_sdk_ec2::config::Builder {
     aws_sdk_ec2::config::Builder::new().retry_config(RetryConfig::disabled())
 }

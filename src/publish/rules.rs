@@ -23,7 +23,7 @@ pub(super) const ENCRYPTION_TAG: &str = "kiln:encryption";
 /// The tag of images and snapshots whose holes may be noise, because they were made with --omit-holes: it tells which blocks
 /// those are.
 pub(super) const HOLES_TAG: &str = "kiln:holes";
-/// In GiB. S3 takes 10,000 parts of 5 GiB in an object, and kiln's are at least half as long as the longest (`cut`): less than
+/// In GiB. S3 takes 10,000 parts of 5 GiB in an object. Of a disk that takes so many, none has less than half of that (`cut`): less than
 /// the largest volume.
 const LARGEST_OBJECT: u64 = 25_000;
 /// In GiB.

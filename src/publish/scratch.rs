@@ -11,11 +11,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::ChecksumAlgorithm;
+use tokio::sync::Semaphore;
 
 use super::action::Action::{
     CompleteMultipartUpload, CreateMultipartUpload, DeleteObject, PutObject, UploadPart, UploadPartCopy,
 };
-use super::failure::Failure;
+use super::failure::{Failure, Kind};
 use super::multipart::{self, Completed, take_up};
 use super::object::{self, Object, StoredParts, Unfinished};
 use super::parts::{self, Digest, Extent, Parts, Piece};
@@ -27,8 +28,10 @@ use super::upload::{Lost, Uploaded};
 use super::{Job, body};
 use crate::error::Error;
 
-/// If fewer bytes are missing of what can be copied, they are sent: the objects take requests to make and to delete.
+/// How many bytes making the scratch object must save on the line: it takes requests to make and to delete.
 const FEW: u64 = 20 << 20;
+/// How often it is begun anew if another run deletes what is needed for it.
+const ROUNDS: usize = 3;
 
 /// An object that parts are copied from.
 #[derive(Debug)]
@@ -104,22 +107,26 @@ impl Disk {
         Ok(parts::composite(&self.read(job, digests).await?))
     }
 
-    async fn seed(&self, job: &Job<'_>) -> Result<Option<(Extent, Digest)>, Error> {
-        self.read(job, |parts, _| Ok(parts.seed())).await
+    /// How many bytes of joints are missing in what is left of a scratch object.
+    fn joints(&self, left: &Unfinished) -> u64 {
+        send::missing(&self.parts.scratch, left.begun.as_ref().map(|(_, stored)| stored), false)
     }
 
-    /// Whether enough can be copied of what is missing in what S3 has `stored` of the disk.
-    async fn needs_scratch(&self, job: &Job<'_>, stored: Option<&StoredParts>) -> Result<bool, Error> {
-        if self.parts.scratch.is_empty() {
-            return Ok(false);
-        }
+    /// How many bytes can be copied of what is missing in what S3 has `stored` of the disk.
+    async fn copyable(&self, job: &Job<'_>, stored: Option<&StoredParts>) -> Result<u64, Error> {
         let stored = stored.cloned().unwrap_or_default();
         let missing = move |parts: &Parts, file: &File| {
             let copyable = parts.disk.iter().filter(|piece| piece.source.is_some());
             let [_, (_, copied)] = send::plan(copyable, |piece| parts.digest(file, piece), &stored, true)?;
             Ok(copied)
         };
-        Ok(self.read(job, missing).await? >= FEW)
+        self.read(job, missing).await
+    }
+
+    /// Whether this is a scratch object of it, whole.
+    async fn is_scratch(&self, job: &Job<'_>, found: &Object) -> Result<bool, Error> {
+        let length = self.parts.scratch_length();
+        Ok(found.size() == length && found.is(length, &self.checksum(job, |parts| &parts.scratch).await?))
     }
 }
 
@@ -134,8 +141,12 @@ fn key_of_seed(job: &Job<'_>) -> String {
 
 /// Why there is no scratch object.
 enum Missing {
-    /// Everything is sent.
+    /// It isn't worth it.
+    Few,
+    /// It can't be made.
     Because(String),
+    /// Another run has deleted what it is made in, or from.
+    Deleted,
     /// That is the end.
     Error(Error),
 }
@@ -146,108 +157,127 @@ impl From<Error> for Missing {
     }
 }
 
-impl From<Failure> for Missing {
-    fn from(failure: Failure) -> Self {
-        Self::Because(failure.reason())
+impl Missing {
+    /// What passes has lasted too long by now; to send everything instead would take far longer.
+    fn of(job: &Job<'_>) -> impl Fn(Failure) -> Self {
+        |failure| match failure.kind {
+            Kind::Refused if !failure.is_passing() => Self::Because(failure.reason()),
+            _ => Self::Error(job.error(failure)),
+        }
     }
 }
 
 /// Makes the scratch object, if enough of what can be copied from it is missing in what S3 has `stored` of an upload that
-/// was taken up. Where that fails everything is sent.
+/// was taken up. Where it can't be made everything is sent.
 pub(super) async fn make(
     job: &Job<'_>,
     undo: &mut Undo,
     disk: &Disk,
     stored: Option<&StoredParts>,
-    left: Unfinished,
+    mut left: Unfinished,
 ) -> Result<Scratch, Error> {
-    for id in left.ids() {
-        undo.take_over(multipart::unfinished_of(&key(job), Some(id.clone())));
-    }
-    if !disk.needs_scratch(job, stored).await? {
-        if stored.is_some() || left.ids().count() > 0 {
-            take_over(job, undo).await?;
+    let mut scratch = Scratch::default();
+    let mut may_be_left = stored.is_some();
+    for _ in 0..ROUNDS {
+        for id in left.ids() {
+            undo.take_over(multipart::unfinished_of(&key(job), Some(id.clone())));
+            may_be_left = true;
         }
-        return Ok(Scratch::default());
-    }
-    match Box::pin(find_or_make(job, undo, disk, left, send::missing(&disk.parts.disk, stored, false))).await {
-        Ok(scratch) => Ok(scratch),
-        Err(Missing::Error(error)) => Err(error),
-        Err(Missing::Because(why)) => {
-            job.events.detail(format!("nothing can be copied inside S3, and zeros are sent: {why}"));
-            Ok(Scratch::default())
+        match Box::pin(find_or_make(job, undo, disk, (stored, left), &mut scratch)).await {
+            Ok(source) => return Ok(Scratch { source: Some(source), ..scratch }),
+            Err(Missing::Error(error)) => return Err(error),
+            Err(Missing::Few) if !may_be_left => return Ok(scratch),
+            Err(Missing::Few) => {}
+            Err(Missing::Because(why)) => {
+                job.events.detail(format!("nothing is copied inside S3, and zeros are sent: {why}"));
+            }
+            Err(Missing::Deleted) => {
+                job.events.detail("another publish has deleted what parts are copied from: it is made anew");
+                left = Box::pin(object::left(job)).await?.scratch;
+                continue;
+            }
         }
+        break;
     }
+    take_over(job, undo).await?;
+    Ok(scratch)
 }
 
 async fn find_or_make(
     job: &Job<'_>,
     undo: &mut Undo,
     disk: &Disk,
-    left: Unfinished,
-    sent_later: u64,
-) -> Result<Scratch, Missing> {
+    (stored, left): (Option<&StoredParts>, Unfinished),
+    scratch: &mut Scratch,
+) -> Result<Source, Missing> {
+    let Some(seed) = disk.read(job, |parts, _| Ok(parts.seed())).await? else { return Err(Missing::Few) };
+    let copyable = disk.copyable(job, stored).await?;
+    if copyable < FEW {
+        return Err(Missing::Few);
+    }
     let (key, length) = (key(job), disk.parts.scratch_length());
     let there = || Source::new(key.clone(), length);
     let found = take_over_own(job, undo, &key).await?;
     // An earlier run has left it, or another one uses it at this moment.
     if let Some(found) = found
-        && found.is(length, &disk.checksum(job, |parts| &parts.scratch).await?)
+        && disk.is_scratch(job, &found).await?
     {
-        let _ = take_over_own(job, undo, &key_of_seed(job)).await;
-        return Ok(Scratch { source: Some(there()), ..Scratch::default() });
+        take_over_own(job, undo, &key_of_seed(job)).await?;
+        return Ok(there());
     }
-    let seed = Box::pin(seed(job, undo, disk)).await?;
-    let upload = Box::pin(take_up(job, undo, &key, left)).await??;
+    if copyable < FEW + disk.joints(&left) {
+        return Err(Missing::Few);
+    }
+    let seed = Box::pin(find_or_send_seed(job, undo, disk, seed)).await?;
+    let upload = Box::pin(take_up(job, undo, &key, left)).await?.map_err(Missing::of(job))?;
     let sender = Arc::new(Sender {
         line: Line::of(job, &upload),
         file: Arc::clone(&disk.file),
         parts: Arc::clone(&disk.parts),
         pieces: disk.parts.scratch.clone(),
         source: Some(seed),
-        beside: (0, sent_later),
+        room: Semaphore::new(job.request.parallel),
+        beside: (scratch.sent, send::missing(&disk.parts.disk, stored, false)),
     });
     let sent = match Box::pin(send::all(job, &sender)).await? {
         Sending::Done(sent) => sent,
-        Sending::Failed(Lost::Refused(failure)) => return Err(failure.into()),
+        Sending::Failed(Lost::Refused(failure)) => return Err(Missing::of(job)(failure)),
         Sending::Failed(lost) => return Err(lost.into_error(job).into()),
+        Sending::SourceGone => return Err(Missing::Deleted),
         Sending::Gone => {
             upload.is_gone(undo);
-            return made_by_another(job, undo, disk, there()).await;
+            return Err(Missing::Deleted);
         }
     };
-    let uploaded = Uploaded::of(&sent);
-    let bytes = send::bytes_of(&sent);
-    match Box::pin(upload.complete(job, undo, sent, false)).await?? {
-        Completed::Whole(_) => Ok(Scratch { source: Some(there()), uploaded, sent: bytes }),
-        Completed::ByAnother => made_by_another(job, undo, disk, there()).await,
-    }
-}
-
-async fn made_by_another(job: &Job<'_>, undo: &mut Undo, disk: &Disk, source: Source) -> Result<Scratch, Missing> {
-    match take_over_own(job, undo, &source.key).await? {
-        Some(found) if found.is(source.length, &disk.checksum(job, |parts| &parts.scratch).await?) => {
-            Ok(Scratch { source: Some(source), ..Scratch::default() })
-        }
-        _ => Err(Missing::Because("another publish of this disk has ended it".to_owned())),
+    scratch.uploaded = scratch.uploaded.and(Uploaded::of(&sent));
+    scratch.sent += send::bytes_of(&sent);
+    match Box::pin(upload.complete(job, undo, sent, false)).await?.map_err(Missing::of(job))? {
+        Completed::Whole(_) => Ok(there()),
+        // It is found now, or is to be made once more.
+        Completed::ByAnother => Err(Missing::Deleted),
     }
 }
 
 /// Finds the seed, or sends it.
-async fn seed(job: &Job<'_>, undo: &mut Undo, disk: &Disk) -> Result<Source, Missing> {
-    let Some((extent, digest)) = disk.seed(job).await? else {
-        return Err(Missing::Because("the disk has no zeros".to_owned()));
-    };
-    let source = Source::new(key_of_seed(job), extent.length);
-    let found = take_over_own(job, undo, &source.key).await?;
-    if found.is_some_and(|found| found.is(extent.length, &parts::base64(&digest))) {
+async fn find_or_send_seed(
+    job: &Job<'_>,
+    undo: &mut Undo,
+    disk: &Disk,
+    seed: (Extent, Digest),
+) -> Result<Source, Missing> {
+    let source = Source::new(key_of_seed(job), seed.0.length);
+    if take_over_own(job, undo, &source.key).await?.is_some_and(|found| is_seed(&found, seed)) {
         return Ok(source);
     }
     let made = |version, sure| Made::Object { key: source.key.clone(), version, sure };
-    let put = |attempt| put(job, disk, &source.key, (extent, digest), attempt);
+    let put = |attempt| put(job, disk, &source.key, seed, attempt);
     let (entry, answer) = job.make("the zeros that parts are copied from", undo, made(None, false), put).await?;
-    undo.made(entry, made(answer?, true));
+    undo.made(entry, made(answer.map_err(Missing::of(job))?, true));
     Ok(source)
+}
+
+fn is_seed(found: &Object, (extent, digest): (Extent, Digest)) -> bool {
+    found.is(extent.length, &parts::base64(&digest))
 }
 
 async fn put(
@@ -260,6 +290,8 @@ async fn put(
     // Sent twice, a bucket that keeps versions has two: an earlier request's is used.
     if attempt.doubtful
         && let Ok(Some(object)) = object::look(job, key).await
+        && object.is_of_disk(job)
+        && is_seed(&object, (extent, digest))
     {
         return Ok(object.version);
     }
@@ -282,23 +314,11 @@ async fn put(
     Ok(object::real_version(answer.version_id))
 }
 
-async fn look(job: &Job<'_>, key: &str) -> Result<Result<Option<Object>, Failure>, Error> {
-    job.stop.or("what parts are copied from", Box::pin(object::look(job, key))).await
-}
-
 /// Looks for an object of this disk, which this run deletes then. Another disk's is in the way.
 async fn take_over_own(job: &Job<'_>, undo: &mut Undo, key: &str) -> Result<Option<Object>, Missing> {
-    // Who may not look may not copy either.
-    let Some(found) = look(job, key).await?? else { return Ok(None) };
-    if !found.is_of_disk(job) {
-        return Err(foreign(job, key));
-    }
+    let Some(found) = look_for_own(job, key).await? else { return Ok(None) };
     undo.take_over(Made::Object { key: key.to_owned(), version: found.version.clone(), sure: true });
     Ok(Some(found))
-}
-
-fn foreign(job: &Job<'_>, key: &str) -> Missing {
-    Missing::Because(format!("another object is there: s3://{}/{key}", job.target.bucket))
 }
 
 /// Looks for what an earlier run of this disk has left: this one deletes it.
@@ -354,32 +374,40 @@ pub(super) async fn plan(
     left: &Unfinished,
 ) -> Result<Plan, Error> {
     let mut plan = Plan { aborted: left.ids().count() as u64, ..Plan::default() };
-    if !disk.needs_scratch(job, stored).await? {
-        let may_be_left = stored.is_some() || plan.aborted > 0;
-        plan.deleted = if may_be_left { are_left(job).await? } else { 0 };
-        return Ok(plan);
-    }
-    match Box::pin(plan_finding(job, disk, left, &mut plan)).await {
+    match Box::pin(plan_finding(job, disk, stored, left, &mut plan)).await {
         Err(Missing::Error(error)) => Err(error),
-        Err(Missing::Because(_)) => Ok(plan),
+        Err(Missing::Few) if stored.is_none() && plan.aborted == 0 => Ok(plan),
+        Err(_) => Ok(Plan { deleted: are_left(job).await?, ..plan }),
         Ok(()) => Ok(Plan { copies: true, ..plan }),
     }
 }
 
-async fn plan_finding(job: &Job<'_>, disk: &Disk, left: &Unfinished, plan: &mut Plan) -> Result<(), Missing> {
+async fn plan_finding(
+    job: &Job<'_>,
+    disk: &Disk,
+    stored: Option<&StoredParts>,
+    left: &Unfinished,
+    plan: &mut Plan,
+) -> Result<(), Missing> {
+    let Some(seed) = disk.read(job, |parts, _| Ok(parts.seed())).await? else { return Err(Missing::Few) };
+    let copyable = disk.copyable(job, stored).await?;
+    if copyable < FEW {
+        return Err(Missing::Few);
+    }
     let found = look_for_own(job, &key(job)).await?;
     plan.deleted += u64::from(found.is_some());
     if let Some(found) = found
-        && found.is(disk.parts.scratch_length(), &disk.checksum(job, |parts| &parts.scratch).await?)
+        && disk.is_scratch(job, &found).await?
     {
-        plan.deleted += u64::from(matches!(look_for_own(job, &key_of_seed(job)).await, Ok(Some(_))));
+        plan.deleted += u64::from(look_for_own(job, &key_of_seed(job)).await?.is_some());
         return Ok(());
+    }
+    if copyable < FEW + disk.joints(left) {
+        return Err(Missing::Few);
     }
     let found = look_for_own(job, &key_of_seed(job)).await?;
     plan.deleted += u64::from(found.is_some());
-    let seed = disk.seed(job).await?;
-    let put =
-        !found.zip(seed).is_some_and(|(found, (extent, digest))| found.is(extent.length, &parts::base64(&digest)));
+    let put = !found.is_some_and(|found| is_seed(&found, seed));
     let stored = left.begun.as_ref().map(|(_, stored)| stored.clone()).unwrap_or_default();
     let amounts =
         move |parts: &Parts, file: &File| send::plan(&parts.scratch, |piece| parts.digest(file, piece), &stored, true);
@@ -391,9 +419,15 @@ async fn plan_finding(job: &Job<'_>, disk: &Disk, left: &Unfinished, plan: &mut 
     Ok(())
 }
 
+/// An object of this disk. Who may not look may not copy either, and another disk's object is in the way.
 async fn look_for_own(job: &Job<'_>, key: &str) -> Result<Option<Object>, Missing> {
-    let found = look(job, key).await??;
-    found.map(|found| if found.is_of_disk(job) { Ok(found) } else { Err(foreign(job, key)) }).transpose()
+    let found = job.stop.or("what parts are copied from", Box::pin(object::look(job, key))).await?;
+    match found.map_err(Missing::of(job))? {
+        Some(found) if !found.is_of_disk(job) => {
+            Err(Missing::Because(format!("another object is there: s3://{}/{key}", job.target.bucket)))
+        }
+        found => Ok(found),
+    }
 }
 
 /// How many objects [`take_over`] would find.

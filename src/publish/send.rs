@@ -10,6 +10,7 @@ use aws_sdk_s3::config::timeout::TimeoutConfig;
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::ChecksumAlgorithm;
 use bytes::Bytes;
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
@@ -18,21 +19,22 @@ use super::failure::Failure;
 use super::multipart::Upload;
 use super::object::StoredParts;
 use super::parts::{self, Digest, Extent, Part, Parts, Piece};
-use super::retry::{backoff, s3_once};
+use super::retry::{backoff, patient, s3_once};
 use super::scratch::Source;
 use super::upload::Lost;
 use super::{Job, body};
 use crate::error::Error;
 use crate::event::{Event, Events};
 
-/// How often a part is sent before the upload fails.
+/// How often a part is sent, or copied, before that has failed.
 const ATTEMPTS: u32 = 6;
 /// The slowest line that the first attempt allows for, in bytes per second and part; each further one allows for half.
 const SLOWEST: u64 = 128 << 10;
 /// How many copies are in flight for each part that may be sent at once.
 const COPIES_BESIDE: usize = 4;
-/// How often a part is copied.
-const COPIES: u32 = 3;
+/// What S3 says if the upload isn't there, or what is copied from.
+pub(super) const UPLOAD_GONE: &str = "NoSuchUpload";
+const SOURCE_GONE: &str = "NoSuchKey";
 /// The slowest copy that is waited for, in bytes per second; S3 is many times faster.
 const SLOWEST_COPY: u64 = 8 << 20;
 
@@ -64,6 +66,8 @@ pub(super) enum Sending {
     Failed(Lost),
     /// The upload isn't there any more: another run has completed or aborted it.
     Gone,
+    /// What is copied from isn't: another run has deleted it.
+    SourceGone,
 }
 
 /// Where parts go; shared by all that are in flight.
@@ -95,6 +99,8 @@ pub(super) struct Sender {
     pub(super) pieces: Vec<Piece>,
     /// What they are copied from.
     pub(super) source: Option<Source>,
+    /// For those on the line.
+    pub(super) room: Semaphore,
     /// How many bytes were sent before, and how many will be after these.
     pub(super) beside: (u64, u64),
 }
@@ -116,9 +122,8 @@ pub(super) async fn all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Sending, 
             sending += 1;
             running.spawn(Arc::clone(sender).send(piece));
         }
-        // A copy costs the line nothing: only what is sent after all waits for data.
-        let room = if sender.copies() { parallel * COPIES_BESIDE } else { parallel.saturating_sub(sending) };
-        while let Some(piece) = copies.next_if(|_| copying < room) {
+        // A copy costs the line nothing; what is sent after all waits for room on it.
+        while let Some(piece) = copies.next_if(|_| copying < parallel * COPIES_BESIDE) {
             copying += 1;
             running.spawn(Arc::clone(sender).send(piece));
         }
@@ -131,7 +136,8 @@ pub(super) async fn all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Sending, 
                 sent.push(one);
                 progress.tell(sender);
             }
-            Err(Lost::Refused(failure)) if failure.code == "NoSuchUpload" => return Ok(Sending::Gone),
+            Err(Lost::Refused(failure)) if failure.code == UPLOAD_GONE => return Ok(Sending::Gone),
+            Err(Lost::Refused(failure)) if failure.code == SOURCE_GONE => return Ok(Sending::SourceGone),
             Err(lost) => return Ok(Sending::Failed(lost)),
         }
     }
@@ -230,34 +236,46 @@ impl Sender {
         if let Some(kept) = self.line.kept(part, digest) {
             return Ok((kept, copyable));
         }
-        if let Some((source, offset)) = self.source.as_ref().zip(piece.source)
-            && source.serves()
-        {
-            match self.copy(source, offset, part, digest).await {
-                Ok(copied) => return Ok((copied, copyable)),
-                Err(failure) if piece.extents.is_empty() => return Err(Lost::Refused(failure)),
-                // Sending it shows why, or works.
-                Err(failure) if source.refuse() => {
-                    let why = failure.reason();
-                    self.line.events.detail(format!("parts can't be copied inside S3 and are sent: {why}"));
-                }
-                Err(_) => {}
-            }
+        if let Some(copied) = self.copy(&piece, digest).await? {
+            return Ok((copied, copyable));
         }
+        let _room = self.room.acquire().await;
         let sent = self.line.deliver(part, digest, &Body::File(&self.file, &piece.extents)).await?;
         Ok((sent, copyable))
     }
 
-    /// Copies a part inside S3, again while that fails for reasons that pass.
-    async fn copy(&self, source: &Source, offset: u64, part: Part, digest: Digest) -> Result<Sent, Failure> {
+    /// Copies a part inside S3; nothing if it is to be sent.
+    async fn copy(&self, piece: &Piece, digest: Digest) -> Result<Option<Sent>, Lost> {
+        let Some((source, offset)) = self.source.as_ref().zip(piece.source).filter(|(source, _)| source.serves())
+        else {
+            return Ok(None);
+        };
+        let failure = match self.copy_until_done(source, offset, piece.part, digest).await {
+            Ok(copied) => return Ok(Some(copied)),
+            Err(failure) => failure,
+        };
+        let is_gone = [UPLOAD_GONE, SOURCE_GONE].contains(&failure.code.as_str());
+        if is_gone || piece.extents.is_empty() {
+            return Err(Lost::Refused(failure));
+        }
+        // What passes hits this part only. Sending it shows why, or works.
+        if !failure.is_passing() && source.refuse() {
+            let why = failure.reason();
+            self.line.events.detail(format!("parts can't be copied inside S3 and are sent: {why}"));
+        }
+        Ok(None)
+    }
+
+    /// Copies a part, again while that fails for reasons that pass.
+    async fn copy_until_done(&self, source: &Source, offset: u64, part: Part, digest: Digest) -> Result<Sent, Failure> {
         let mut attempt = 1;
         loop {
             let failure = match self.copy_once(source, offset, part, digest).await {
-                Err(failure) if failure.is_passing() && attempt < COPIES && source.serves() => failure,
+                Err(failure) if failure.is_passing() && attempt < ATTEMPTS && source.serves() => failure,
                 ended => return ended,
             };
             let (number, why) = (part.number, failure.reason());
-            self.line.events.detail(format!("part {number} is copied again ({attempt} of {COPIES} failed): {why}"));
+            self.line.events.detail(format!("part {number} is copied again ({attempt} of {ATTEMPTS} failed): {why}"));
             sleep(backoff(attempt)).await;
             attempt += 1;
         }
@@ -278,7 +296,7 @@ impl Sender {
             .copy_source(source.place(&self.line.bucket))
             .set_copy_source_range(source.range(offset, part.length))
             .customize()
-            .config_override(s3_once().timeout_config(timeouts));
+            .config_override(patient(s3_once().timeout_config(timeouts)));
         let answer = call.send().await.map_err(self.line.clients.failed("s3:UploadPartCopy"))?;
         let etag = answer.copy_part_result().and_then(|result| result.e_tag()).unwrap_or_default().to_owned();
         let arrived = answer.copy_part_result().and_then(|result| result.checksum_sha256());

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use tokio::sync::Semaphore;
 use tokio::task::JoinError;
 
 use super::Job;
@@ -16,11 +17,11 @@ use super::action::Action::{
 };
 use super::failure::Failure;
 use super::lock::{Busy, Lock};
-use super::multipart::{self, Completed, take_up};
-use super::object::{self, Object};
+use super::multipart::{self, Completed, Upload, take_up};
+use super::object::{self, Object, Unfinished};
 use super::parts::{self, Parts};
 use super::plan::{self, Count, Requests, Steps, Way};
-use super::scratch::{self, Scratch};
+use super::scratch;
 use super::send::{self, How, Line, Sender, Sending, Sent};
 use super::undo::{Made, Undo};
 use super::{ebs, vmdk};
@@ -28,6 +29,9 @@ use crate::error::{Error, Exit};
 use crate::recipe::DiskFormat;
 use crate::store::Identity;
 use crate::units::{GIB, Size};
+
+/// How often what parts are copied from is made anew if another run deletes it.
+const ROUNDS: usize = 3;
 
 /// What came of it: how many parts of the disk and of its scratch object.
 #[derive(Debug, Clone, Copy, Default)]
@@ -51,7 +55,7 @@ impl Uploaded {
         }
     }
 
-    fn and(self, other: Self) -> Self {
+    pub(super) fn and(self, other: Self) -> Self {
         let Self { sent, copied, kept } = self;
         Self { sent: sent + other.sent, copied: copied + other.copied, kept: kept + other.kept }
     }
@@ -279,35 +283,30 @@ fn of_version(job: &Job<'_>, version: Option<String>) -> Made {
 /// Goes on with an upload, or begins one, and completes it. None if another run has ended it.
 async fn send_all(job: &Job<'_>, undo: &mut Undo, disk: &Disk, if_absent: bool) -> Result<Option<Uploaded>, Error> {
     let left = Box::pin(object::left(job)).await?;
-    let stored = left.disk.begun.as_ref().map(|(_, stored)| stored);
-    let scratch = match &disk.form {
-        Form::Raw(disk) => Box::pin(scratch::make(job, undo, disk, stored, left.scratch)).await?,
-        Form::Vmdk => Scratch::default(),
-    };
-    if let Some(stored) = stored {
-        let there = stored.len();
-        job.events.note(format!("going on with an upload that was begun before: {there} parts are there"));
-    }
+    let begun = left.disk.begun.is_some();
+    // At first: what another host begins meanwhile, both would send.
     let upload = Box::pin(take_up(job, undo, &job.target.key, left.disk)).await?;
     let upload = upload.map_err(|failure| job.error(failure))?;
-    let line = Line::of(job, &upload);
+    if begun {
+        let there = upload.stored.len();
+        job.events.note(format!("going on with an upload that was begun before: {there} parts are there"));
+    }
     let sending = match &disk.form {
-        Form::Raw(scratch::Disk { file, parts }) => {
-            let (file, parts, pieces) = (Arc::clone(file), Arc::clone(parts), parts.disk.clone());
-            let sender = Sender { line, file, parts, pieces, source: scratch.source, beside: (scratch.sent, 0) };
-            Box::pin(send::all(job, &Arc::new(sender))).await?
+        Form::Raw(disk) => Box::pin(send_raw(job, undo, disk, (&upload, begun), left.scratch)).await?,
+        Form::Vmdk => {
+            let sending = Box::pin(vmdk::send(job, &disk.file, &Arc::new(Line::of(job, &upload)))).await?;
+            (sending, Uploaded::default())
         }
-        Form::Vmdk => Box::pin(vmdk::send(job, &disk.file, &Arc::new(line))).await?,
     };
-    let sent = match sending {
-        Sending::Done(sent) => sent,
-        Sending::Failed(lost) => return Err(lost.into_error(job)),
-        Sending::Gone => {
+    let (sent, before) = match sending {
+        (Sending::Done(sent), before) => (sent, before),
+        (Sending::Failed(lost), _) => return Err(lost.into_error(job)),
+        (Sending::Gone | Sending::SourceGone, _) => {
             upload.is_gone(undo);
             return Ok(None);
         }
     };
-    let uploaded = scratch.uploaded.and(Uploaded::of(&sent));
+    let uploaded = before.and(Uploaded::of(&sent));
     let whole = parts::composite(&sent.iter().map(|one| one.digest).collect::<Vec<_>>());
     unchanged(job, &disk.file, &disk.before)?;
     match Box::pin(upload.complete(job, undo, sent, if_absent)).await?.map_err(|failure| job.error(failure))? {
@@ -317,11 +316,48 @@ async fn send_all(job: &Job<'_>, undo: &mut Undo, disk: &Disk, if_absent: bool) 
     }
 }
 
-/// Deletes what is of no use once the object is there: the zeros, and unfinished uploads of it.
+/// Sends what S3 doesn't have of the disk, and has the rest copied. Returned is also what that took besides.
+async fn send_raw(
+    job: &Job<'_>,
+    undo: &mut Undo,
+    disk: &scratch::Disk,
+    (upload, begun): (&Upload, bool),
+    mut left: Unfinished,
+) -> Result<(Sending, Uploaded), Error> {
+    let mut line = Line::of(job, upload);
+    let mut besides = Uploaded::default();
+    let mut stored = begun.then(|| line.stored.clone());
+    let mut rounds = 0;
+    loop {
+        rounds += 1;
+        let scratch = Box::pin(scratch::make(job, undo, disk, stored.as_ref(), left)).await?;
+        besides = besides.and(scratch.uploaded);
+        let sender = Sender {
+            line,
+            file: Arc::clone(&disk.file),
+            parts: Arc::clone(&disk.parts),
+            pieces: disk.parts.disk.clone(),
+            // Another run may delete it again and again. Without one nothing is gone.
+            source: scratch.source.filter(|_| rounds < ROUNDS),
+            room: Semaphore::new(job.request.parallel),
+            beside: (scratch.sent, 0),
+        };
+        match Box::pin(send::all(job, &Arc::new(sender))).await? {
+            Sending::SourceGone => {}
+            ended => return Ok((ended, besides)),
+        }
+        let again = Box::pin(object::left(job)).await?;
+        let there = again.disk.begun.filter(|(id, _)| *id == upload.id).map(|(_, stored)| stored);
+        line = Line { stored: there.unwrap_or_default(), ..Line::of(job, upload) };
+        (stored, left) = (Some(line.stored.clone()), again.scratch);
+    }
+}
+
+/// Deletes what is of no use once the object is there: what parts were copied from, and unfinished uploads.
 pub(super) async fn tidy(job: &Job<'_>, undo: &mut Undo) -> Result<(), Error> {
     // What can't be deleted now is tried again with the disk's own object.
-    let zeros = job.stop.or("the zeros' deletion", undo.objects(job, |key| key != job.target.key));
-    let _ = Box::pin(zeros).await?;
+    let sources = undo.objects(job, |key| key != job.target.key);
+    let _ = Box::pin(job.stop.or("the deletion of what parts were copied from", sources)).await?;
     for left in Box::pin(job.stop.or("the end of unfinished uploads", undo.uploads(job))).await? {
         job.events.warn(format!("could not abort {left}"));
     }

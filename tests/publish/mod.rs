@@ -38,9 +38,9 @@ struct Stage {
 }
 
 /// How many parts S3 is given of a stage's disk.
-const PARTS: u64 = 25;
+const PARTS: u64 = 26;
 /// How many it is given of the scratch object, which most of those are copied from.
-const SCRATCH: u64 = 15;
+const SCRATCH: u64 = 14;
 /// How many of the scratch object's are sent, before the first of the disk.
 const JOINTS: u64 = 1;
 /// Nothing at the endpoint: no objects, no unfinished uploads, no snapshots, no images, no running imports.

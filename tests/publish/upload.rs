@@ -6,13 +6,15 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use sha2::Digest as _;
 
-use super::{JOINTS, NOTHING, ONE_IMAGE, PARTS, Stage};
+use super::{JOINTS, NOTHING, ONE_IMAGE, PARTS, SCRATCH, Stage};
 use crate::support::{Aws, Kiln, Running, tool, wait_until};
 
 /// What a killed kiln leaves in the middle of its upload: the two objects that parts are copied from, and the upload.
 const HALF: [u64; 5] = [2, 1, 0, 0, 0];
 /// And at its end: those, and the disk's.
 const WHOLE: [u64; 5] = [3, 0, 0, 0, 0];
+/// How many of what they are copied from are copied themselves.
+const SEEDS: u64 = SCRATCH - JOINTS;
 /// How many parts of the disk are sent.
 const SENT: u64 = 5;
 
@@ -91,12 +93,12 @@ fn a_killed_kilns_upload_is_gone_on_with() {
 fn killed_between_parts_and_import() {
     let mut stage = Stage::new();
     for (action, skip, done, left) in [
-        ("s3:PutObject", 0, false, NOTHING),
-        ("s3:CreateMultipartUpload", 0, false, [1, 0, 0, 0, 0]),
-        ("s3:CreateMultipartUpload", 0, true, [1, 1, 0, 0, 0]),
-        ("s3:CompleteMultipartUpload", 0, false, [1, 1, 0, 0, 0]),
-        ("s3:CompleteMultipartUpload", 0, true, [2, 0, 0, 0, 0]),
-        ("s3:CreateMultipartUpload", 1, true, HALF),
+        ("s3:CreateMultipartUpload", 0, false, NOTHING),
+        ("s3:CreateMultipartUpload", 0, true, [0, 1, 0, 0, 0]),
+        ("s3:PutObject", 0, false, [0, 1, 0, 0, 0]),
+        ("s3:CreateMultipartUpload", 1, true, [1, 2, 0, 0, 0]),
+        ("s3:CompleteMultipartUpload", 0, false, [1, 2, 0, 0, 0]),
+        ("s3:CompleteMultipartUpload", 0, true, HALF),
         ("s3:CompleteMultipartUpload", 1, false, HALF),
         ("s3:CompleteMultipartUpload", 1, true, WHOLE),
         ("s3:DeleteObject", 0, false, WHOLE),
@@ -270,6 +272,54 @@ fn two_kilns_of_two_hosts() {
     assert_eq!(stage.aws.resources(), ONE_IMAGE);
     let imports = stage.aws.requests("ec2:ImportSnapshot");
     assert_eq!(imports.iter().filter(|call| call["status"] == 200).count(), 1);
+}
+
+/// The second is stopped while both make what parts are copied from, and takes all of that back: the first begins again.
+#[test]
+fn what_is_copied_from_is_made_again_if_another_host_deletes_it() {
+    for (action, skip) in [("s3:UploadPart", 0), ("s3:UploadPartCopy", SEEDS / 2), ("s3:UploadPartCopy", SEEDS + 4)] {
+        let stage = Stage::new();
+        let hold = json!({ "action": action, "skip": skip, "hold": true });
+        stage.aws.fault(&hold);
+        let first = stage.publish().start();
+        stage.aws.wait_until_held(action);
+        let is_seed = |call: &&Value| call["resource"].as_str().unwrap().ends_with(".zeros");
+        let looks = || stage.aws.requests("s3:HeadObject").iter().filter(is_seed).count();
+        let before = looks();
+        let second = other_host(&stage).start();
+        // Its last look at what the first has begun, which it takes for its own.
+        wait_until("the second's look", || looks() > before);
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        second.signal(Signal::INT);
+        assert_eq!(second.end().code, Some(130));
+        assert_eq!(stage.aws.resources(), NOTHING, "{action} {skip}");
+        stage.aws.release();
+        let ran = first.end();
+        assert!(sent(&stage) < 30, "zeros are not sent");
+        stage.published(ran);
+        stage.assert_arrived();
+    }
+}
+
+/// An earlier upload is taken back as well, whenever the one that goes on with it is stopped.
+#[test]
+fn ctrl_c_on_the_way_to_an_upload_that_was_begun_before() {
+    let stage = Stage::new();
+    let kiln = half_sent(&stage);
+    killed(&stage, kiln);
+    for end in ["zeros", "scratch"] {
+        stage.aws.s3("DELETE", &format!("{}.{end}", key(&stage)), &[], b"");
+    }
+    stage.aws.reset();
+    // Another part of the disk's is missing, so that there is something to be copied.
+    stage.aws.fault(&json!({ "action": "s3:ListParts", "error": "AccessDenied" }));
+    stage.aws.fault(&json!({ "action": "s3:PutObject", "hold": true }));
+    let kiln = stage.publish().start();
+    stage.aws.wait_until_held("s3:PutObject");
+    kiln.signal(Signal::INT);
+    stage.aws.release();
+    assert_eq!(kiln.end().code, Some(130));
+    stage.assert_left(NOTHING);
 }
 
 /// The second is stopped, and takes back the upload that both send to: the first begins another.

@@ -174,6 +174,21 @@ fn a_part_that_stalls_for_ever_is_sent_again() {
     assert_given_up(&Stage::new(), "x-id=UploadPart&", Way::Request, MIB);
 }
 
+/// S3 says that all is well before it begins to copy, or to put parts together, and then nothing until that is done.
+#[test]
+fn what_s3_does_slowly_is_waited_for() {
+    let stage = Stage::new();
+    let proxy = Proxy::before(stage.aws.url());
+    let requests = ["x-id=UploadPartCopy", "<CompleteMultipartUpload"];
+    // Longer than no byte may move elsewhere, and behind the head.
+    harm(&proxy, &requests, Way::Answer, 450, Deed::Stall(Duration::from_secs(24)));
+    let kiln = stage.aws.with(stage.bench.kiln(["-v", "publish", "out/web"])).env("AWS_ENDPOINT_URL", proxy.url());
+    let ran = kiln.run();
+    assert!(!ran.stderr.contains("again"), "{}", ran.stderr);
+    stage.published(ran);
+    assert_eq!(proxy.met().len(), requests.len());
+}
+
 #[test]
 fn a_block_that_stalls_for_ever_is_sent_again() {
     assert_given_up(&ebs(), "/blocks/", Way::Request, MIB / 4);

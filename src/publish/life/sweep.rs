@@ -252,8 +252,10 @@ impl<'a> Key<'a> {
     /// `.scratch`.
     fn read(key: &'a str) -> Option<Self> {
         let last = key.rsplit('/').next()?;
-        let last = last.strip_suffix(".scratch").unwrap_or(last);
-        let (last, zeros) = last.strip_suffix(".zeros").map_or((last, false), |rest| (rest, true));
+        let (last, zeros) = match last.strip_suffix(".zeros") {
+            Some(rest) => (rest, true),
+            None => (last.strip_suffix(".scratch").unwrap_or(last), false),
+        };
         let stem = last.strip_suffix(".raw").or_else(|| last.strip_suffix(".vmdk"))?;
         let is_hex = |text: &str| {
             (16..=64).contains(&text.len()) && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
