@@ -145,7 +145,7 @@ impl Stage {
     /// The requests of an action for the disk's own object.
     fn for_disk(&self, action: &str) -> Vec<Value> {
         let mut requests = self.aws.requests(action);
-        requests.retain(|call| call["resource"].as_str().unwrap().ends_with(".raw"));
+        requests.retain(|call| call["resource"].as_str().unwrap().rsplit('.').next() == Some("raw"));
         requests
     }
 
