@@ -41,6 +41,17 @@ impl Reader {
         }
         Some(next)
     }
+
+    fn begin(&mut self) -> Option<(JoinHandle<io::Result<Bytes>>, u64)> {
+        let Extent { offset, length } = self.next()?;
+        let file = Arc::clone(&self.file);
+        let read = move || {
+            let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
+            file.read_exact_at(&mut bytes, offset)?;
+            Ok(bytes.into())
+        };
+        Some((spawn_blocking(read), length))
+    }
 }
 
 impl Body for Reader {
@@ -49,14 +60,7 @@ impl Body for Reader {
 
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<io::Result<Frame<Bytes>>>> {
         if self.reading.is_none() {
-            let Some(Extent { offset, length }) = self.next() else { return Poll::Ready(None) };
-            let file = Arc::clone(&self.file);
-            let read = move || {
-                let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
-                file.read_exact_at(&mut bytes, offset)?;
-                Ok(bytes.into())
-            };
-            self.reading = Some((spawn_blocking(read), length));
+            self.reading = self.begin();
         }
         let Some((reading, _)) = &mut self.reading else { return Poll::Ready(None) };
         let read = ready!(Pin::new(reading).poll(context));

@@ -14,7 +14,7 @@
 //!
 //! Data that is too short for a part, with zeros around it, would have to be filled up with zeros that are sent. As the end
 //! of a joint it has its zeros beside it for nothing, and a joint is long enough to be sent because of other data of the
-//! disk, which is sent once as well. What is sent is data, then, and the seed, and zeros too short to be told from data.
+//! disk, which is sent once as well. What is sent is data, then, and the seed, and zeros too short for a part of their own.
 //!
 //! The cut follows from what the disk reads as, and from nothing else: every host that publishes this disk makes the same
 //! parts. All lengths here are in blocks.
@@ -37,7 +37,7 @@ const USUAL: u64 = 8 * MIB / BLOCK;
 const FEW: u64 = 4;
 /// How many seeds the longest part of zeros has at most: S3 takes no part over 5 GiB.
 const SEEDS: u64 = 1024;
-/// And how many, as long as there are parts enough: so much is sent once more if it has to be sent, and fails.
+/// And how many as long as there are parts enough: a part that has to be sent after all, and fails, is sent again whole.
 const USUAL_SEEDS: u64 = 12;
 /// How many joints there are at most: the scratch object has parts for the seeds, too.
 const JOINTS: usize = 4000;
@@ -127,7 +127,7 @@ fn cut_no_shorter(runs: &[Run], shortest: u64) -> Cut {
     let mut stretches = stretches(runs, shortest);
     let sum = |zeros| stretches.iter().filter(|one| one.is_zeros() == zeros).map(|one| one.span.blocks).sum::<u64>();
     let (data, zeros) = (sum(false), sum(true));
-    // The longest part of data has less than twice that, and as the middle of a joint some at its ends.
+    // A part of data is shorter than twice this; in a joint, lone data is added at both ends.
     let usual = USUAL.max(data.div_ceil(MOST / 2).min(SEEDS * SEED / 2 - SHORTEST)).max(shortest);
     if zeros < FEW * SEED {
         let parts = |one: Stretch| one.parts(if one.is_zeros() { u64::MAX } else { usual }, None);
@@ -135,9 +135,10 @@ fn cut_no_shorter(runs: &[Run], shortest: u64) -> Cut {
     }
     let sides = if shortest == SHORTEST { sides(&mut stretches) } else { Sides::default() };
     let longest = stretches.iter().filter(|one| one.is_zeros()).map(|one| one.span.blocks).max().unwrap_or_default();
-    // The longer the longest zeros, the more copies make them, and the fewer are made of them.
+    // More seeds take more copies to make, but the disk's zeros then need fewer parts. Of a single seed only the whole can be
+    // copied.
     let best = (zeros / SEED).isqrt().min(USUAL_SEEDS).max(zeros.div_ceil(SEED * MOST / 2));
-    let seeds = best.max((2 * shortest).div_ceil(SEED)).min(longest.div_ceil(SEED)).min(SEEDS);
+    let seeds = best.max((2 * shortest).div_ceil(SEED)).min(longest.div_ceil(SEED)).clamp(2, SEEDS);
     let (mut disk, mut others) = (Vec::new(), Vec::new());
     for stretch in &stretches {
         let begin = disk.len();
@@ -360,6 +361,8 @@ mod tests {
     fn there_are_no_more_seeds_than_a_part_needs() {
         assert!(parts(&[20, 30, 20, 30, 20, 30, 20, 30, 20, 30]).ends_with(" | 3 seeds"));
         assert!(parts(&[20, 100_000]).ends_with(" | 12 seeds"));
+        // Of a single one no shorter zeros could be copied.
+        assert!(parts(&[20, 10, 20, 10, 20, 10, 20, 10, 20, 5]).ends_with(" 5z<0 | 2 seeds"));
     }
 
     fn lengths(longest: u64) -> impl Strategy<Value = Vec<u64>> {
@@ -385,7 +388,7 @@ mod tests {
             for part in others {
                 prop_assert!(part.span.blocks >= SHORTEST && part.span.blocks * BLOCK <= 5 * GIB, "{:?}", part);
             }
-            prop_assert!(scratch.len() as u64 <= MOST);
+            prop_assert!(scratch.len() as u64 <= MOST && scratch.len() != 1);
         }
 
         #[test]

@@ -32,6 +32,7 @@ mod plan;
 mod policy;
 mod preflight;
 mod quotas;
+mod raw;
 mod regions;
 mod replace;
 mod request;

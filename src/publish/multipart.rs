@@ -21,8 +21,8 @@ const COMPLETE: Duration = Duration::from_mins(5);
 pub(super) struct Upload {
     pub(super) key: String,
     pub(super) id: String,
-    /// What S3 had of it when it was taken up.
-    pub(super) stored: StoredParts,
+    /// What S3 had of it when that was last listed; none: it has just been begun.
+    pub(super) stored: Option<StoredParts>,
     /// In the list of what is undone.
     entry: usize,
 }
@@ -48,13 +48,13 @@ pub(super) async fn take_up(
     }
     if let Some((id, stored)) = begun {
         let entry = undo.take_over(unfinished_of(key, Some(id.clone())));
-        return Ok(Ok(Upload { key: key.to_owned(), id, stored, entry }));
+        return Ok(Ok(Upload { key: key.to_owned(), id, stored: Some(stored), entry }));
     }
     let begin = |attempt| begin(job, key, attempt);
     let (entry, answer) = job.make("the start of the upload", undo, unfinished_of(key, None), begin).await?;
     Ok(answer.map(|id| {
         undo.made(entry, unfinished_of(key, Some(id.clone())));
-        Upload { key: key.to_owned(), id, stored: StoredParts::new(), entry }
+        Upload { key: key.to_owned(), id, stored: None, entry }
     }))
 }
 

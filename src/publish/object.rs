@@ -207,12 +207,16 @@ async fn with_parts(job: &Job<'_>, uploads: Vec<(String, String)>) -> Result<Unf
     let mut uploads = uploads.into_iter();
     let Some((key, id)) = uploads.next() else { return Ok(Unfinished::default()) };
     let others = uploads.map(|(_, id)| id).collect();
-    let parts = match job.stop.or("the parts of an unfinished upload", stored(job, &key, &id)).await? {
-        // It has just become the object, or is aborted.
-        Err(failure) if failure.is_not_found() => return Ok(Unfinished { begun: None, others }),
-        answer => where_possible(job, "the parts that are there", answer)?,
-    };
-    Ok(Unfinished { begun: Some((id, parts)), others })
+    let parts = Box::pin(parts_of(job, &key, &id)).await?;
+    Ok(Unfinished { begun: parts.map(|parts| (id, parts)), others })
+}
+
+/// The parts that S3 has of an upload; none: it has just become the object, or is aborted.
+pub(super) async fn parts_of(job: &Job<'_>, key: &str, id: &str) -> Result<Option<StoredParts>, Error> {
+    match job.stop.or("the parts of an unfinished upload", stored(job, key, id)).await? {
+        Err(failure) if failure.is_not_found() => Ok(None),
+        answer => where_possible(job, "the parts that are there", answer).map(Some),
+    }
 }
 
 /// To look takes permissions of its own, and an endpoint that can. Without them all is sent.

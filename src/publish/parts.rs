@@ -99,9 +99,12 @@ impl Parts {
 
     /// Where the seed's zeros are, and their digest; none: nothing is copied.
     pub(super) fn seed(&self) -> Option<(Extent, Digest)> {
+        if self.scratch.is_empty() {
+            return None;
+        }
         let is_long = |piece: &&Piece| piece.zeros && piece.part.length >= SEED_LENGTH;
         let Extent { offset, .. } = *self.disk.iter().find(is_long)?.extents.first()?;
-        let digest = self.zeros().get(&(SEED_LENGTH)).copied()?;
+        let digest = self.zeros().get(&SEED_LENGTH).copied()?;
         Some((Extent { offset, length: SEED_LENGTH }, digest))
     }
 

@@ -50,7 +50,7 @@ pub struct ObjectOptions {
 pub struct Request {
     /// The raw disk. It is only read.
     pub disk: PathBuf,
-    /// What it was when it was compared with its block map; none: it was not, and nothing is made of it.
+    /// What it was when it was compared with its block map; none: only that it changes while it is published is noticed.
     pub compared: Option<Identity>,
     /// Its size in GiB.
     pub size: u64,

@@ -118,7 +118,7 @@ pub(super) fn s3_once() -> aws_sdk_s3::config::Builder {
     aws_sdk_s3::config::Builder::new().retry_config(RetryConfig::disabled())
 }
 
-/// Makes `config` fit for a request whose answer S3 begins at once, and ends when the work is done: until then not a byte moves (S3 API
+/// Makes `config` fit for a request whose answer S3 begins at once, and ends when the work is done: until then hardly a byte moves (S3 API
 /// reference, `UploadPartCopy` and `CompleteMultipartUpload`). Its timeouts bound it.
 pub(super) fn patient(config: aws_sdk_s3::config::Builder) -> aws_sdk_s3::config::Builder {
     config.stalled_stream_protection(StalledStreamProtectionConfig::disabled())

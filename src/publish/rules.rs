@@ -23,8 +23,8 @@ pub(super) const ENCRYPTION_TAG: &str = "kiln:encryption";
 /// The tag of images and snapshots whose holes may be noise, because they were made with --omit-holes: it tells which blocks
 /// those are.
 pub(super) const HOLES_TAG: &str = "kiln:holes";
-/// In GiB. S3 takes 10,000 parts of 5 GiB in an object. Of a disk that takes so many, none has less than half of that (`cut`): less than
-/// the largest volume.
+/// In GiB. S3 takes 10,000 parts of 5 GiB in an object. At worst kiln cuts into parts of at least half that (`cut`), which comes
+/// to less than the largest volume.
 const LARGEST_OBJECT: u64 = 25_000;
 /// In GiB.
 const LARGEST_SNAPSHOT: u64 = 65_536;

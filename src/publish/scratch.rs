@@ -5,33 +5,30 @@
 //! (`s3:GetObject`) and an endpoint that can; without them everything is sent.
 
 use std::fs::File;
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use aws_sdk_s3::primitives::ByteStream;
 use aws_sdk_s3::types::ChecksumAlgorithm;
-use tokio::sync::Semaphore;
 
 use super::action::Action::{
     CompleteMultipartUpload, CreateMultipartUpload, DeleteObject, PutObject, UploadPart, UploadPartCopy,
 };
-use super::failure::{Failure, Kind};
+use super::failure::Failure;
 use super::multipart::{self, Completed, take_up};
 use super::object::{self, Object, StoredParts, Unfinished};
-use super::parts::{self, Digest, Extent, Parts, Piece};
+use super::parts::{self, Digest, Extent, Parts};
 use super::plan::{Count, Way};
+use super::raw::Disk;
 use super::retry::{Try, s3_once};
-use super::send::{self, Line, Sender, Sending};
+use super::send::{self, Sending, SourceGone, Tally, may_be_copied_later};
 use super::undo::{Made, Undo};
-use super::upload::{Lost, Uploaded};
+use super::upload::Lost;
 use super::{Job, body};
 use crate::error::Error;
 
 /// How many bytes making the scratch object must save on the line: it takes requests to make and to delete.
 const FEW: u64 = 20 << 20;
-/// How often it is begun anew if another run deletes what is needed for it.
-const ROUNDS: usize = 3;
 
 /// An object that parts are copied from.
 #[derive(Debug)]
@@ -69,67 +66,6 @@ impl Source {
     }
 }
 
-/// What a disk's parts are copied from, and what it took.
-#[derive(Debug, Default)]
-pub(super) struct Scratch {
-    /// None: nothing is copied.
-    pub(super) source: Option<Source>,
-    pub(super) uploaded: Uploaded,
-    /// How many bytes of the disk were sent for it.
-    pub(super) sent: u64,
-}
-
-/// The disk that it is made of.
-#[derive(Debug, Clone)]
-pub(super) struct Disk {
-    pub(super) file: Arc<File>,
-    pub(super) parts: Arc<Parts>,
-}
-
-impl Disk {
-    /// Does some work on it for which it has to be read.
-    pub(super) async fn read<T: Send + 'static>(
-        &self,
-        job: &Job<'_>,
-        work: impl FnOnce(&Parts, &File) -> io::Result<T> + Send + 'static,
-    ) -> Result<T, Error> {
-        let Self { file, parts } = self.clone();
-        let read = tokio::task::spawn_blocking(move || work(&parts, &file));
-        let read = job.stop.or("the disk's digests", read).await?.map_err(|error| Lost::Bug(error).into_error(job))?;
-        read.map_err(|error| Lost::Disk(error).into_error(job))
-    }
-
-    /// What S3 says of the whole object of which these are the parts.
-    pub(super) async fn checksum(&self, job: &Job<'_>, of: fn(&Parts) -> &[Piece]) -> Result<String, Error> {
-        let digests = move |parts: &Parts, file: &File| {
-            of(parts).iter().map(|piece| parts.digest(file, piece)).collect::<io::Result<Vec<_>>>()
-        };
-        Ok(parts::composite(&self.read(job, digests).await?))
-    }
-
-    /// How many bytes of joints are missing in what is left of a scratch object.
-    fn joints(&self, left: &Unfinished) -> u64 {
-        send::missing(&self.parts.scratch, left.begun.as_ref().map(|(_, stored)| stored), false)
-    }
-
-    /// How many bytes can be copied of what is missing in what S3 has `stored` of the disk.
-    async fn copyable(&self, job: &Job<'_>, stored: Option<&StoredParts>) -> Result<u64, Error> {
-        let stored = stored.cloned().unwrap_or_default();
-        let missing = move |parts: &Parts, file: &File| {
-            let copyable = parts.disk.iter().filter(|piece| piece.source.is_some());
-            let [_, (_, copied)] = send::plan(copyable, |piece| parts.digest(file, piece), &stored, true)?;
-            Ok(copied)
-        };
-        self.read(job, missing).await
-    }
-
-    /// Whether this is a scratch object of it, whole.
-    async fn is_scratch(&self, job: &Job<'_>, found: &Object) -> Result<bool, Error> {
-        let length = self.parts.scratch_length();
-        Ok(found.size() == length && found.is(length, &self.checksum(job, |parts| &parts.scratch).await?))
-    }
-}
-
 /// Where the scratch object is.
 pub(super) fn key(job: &Job<'_>) -> String {
     format!("{}.scratch", job.target.key)
@@ -145,8 +81,8 @@ enum Missing {
     Few,
     /// It can't be made.
     Because(String),
-    /// Another run has deleted what it is made in, or from.
-    Deleted,
+    /// Another run has ended its upload, or deleted the seed.
+    Ended,
     /// That is the end.
     Error(Error),
 }
@@ -158,140 +94,169 @@ impl From<Error> for Missing {
 }
 
 impl Missing {
-    /// What passes has lasted too long by now; to send everything instead would take far longer.
     fn of(job: &Job<'_>) -> impl Fn(Failure) -> Self {
-        |failure| match failure.kind {
-            Kind::Refused if !failure.is_passing() => Self::Because(failure.reason()),
-            _ => Self::Error(job.error(failure)),
+        |failure| {
+            if may_be_copied_later(&failure) {
+                Self::Error(job.error(failure))
+            } else {
+                Self::Because(failure.reason())
+            }
         }
     }
 }
 
 /// Makes the scratch object, if enough of what can be copied from it is missing in what S3 has `stored` of an upload that
-/// was taken up. Where it can't be made everything is sent.
+/// was taken up. Without one everything is sent.
 pub(super) async fn make(
     job: &Job<'_>,
     undo: &mut Undo,
     disk: &Disk,
     stored: Option<&StoredParts>,
-    mut left: Unfinished,
-) -> Result<Scratch, Error> {
-    let mut scratch = Scratch::default();
-    let mut may_be_left = stored.is_some();
-    for _ in 0..ROUNDS {
-        for id in left.ids() {
-            undo.take_over(multipart::unfinished_of(&key(job), Some(id.clone())));
-            may_be_left = true;
+    left: Unfinished,
+    tally: &Arc<Tally>,
+) -> Result<Result<Option<Source>, SourceGone>, Error> {
+    for id in left.ids() {
+        undo.take_over(multipart::unfinished_of(&key(job), Some(id.clone())));
+    }
+    let may_be_left = stored.is_some() || left.ids().count() > 0;
+    match Box::pin(find_or_make(job, undo, disk, stored, left, tally)).await {
+        Ok(source) => return Ok(Ok(Some(source))),
+        Err(Missing::Ended) => return Ok(Err(SourceGone)),
+        Err(Missing::Error(error)) => return Err(error),
+        Err(Missing::Few) if !may_be_left => return Ok(Ok(None)),
+        Err(Missing::Few) => {}
+        Err(Missing::Because(why)) => {
+            job.events.detail(format!("nothing is copied inside S3, and zeros are sent: {why}"));
         }
-        match Box::pin(find_or_make(job, undo, disk, (stored, left), &mut scratch)).await {
-            Ok(source) => return Ok(Scratch { source: Some(source), ..scratch }),
-            Err(Missing::Error(error)) => return Err(error),
-            Err(Missing::Few) if !may_be_left => return Ok(scratch),
-            Err(Missing::Few) => {}
-            Err(Missing::Because(why)) => {
-                job.events.detail(format!("nothing is copied inside S3, and zeros are sent: {why}"));
-            }
-            Err(Missing::Deleted) => {
-                job.events.detail("another publish has deleted what parts are copied from: it is made anew");
-                left = Box::pin(object::left(job)).await?.scratch;
-                continue;
-            }
-        }
-        break;
     }
     take_over(job, undo).await?;
-    Ok(scratch)
+    Ok(Ok(None))
 }
 
 async fn find_or_make(
     job: &Job<'_>,
     undo: &mut Undo,
     disk: &Disk,
-    (stored, left): (Option<&StoredParts>, Unfinished),
-    scratch: &mut Scratch,
+    stored: Option<&StoredParts>,
+    left: Unfinished,
+    tally: &Arc<Tally>,
 ) -> Result<Source, Missing> {
-    let Some(seed) = disk.read(job, |parts, _| Ok(parts.seed())).await? else { return Err(Missing::Few) };
-    let copyable = disk.copyable(job, stored).await?;
+    let Found { objects, seed } = Box::pin(find(job, disk, stored, &left)).await?;
+    for (key, object) in objects {
+        undo.take_over(Made::Object { key, version: object.version, sure: true });
+    }
+    let there = Source::new(key(job), disk.parts.scratch_length());
+    let Some(seed) = seed else { return Ok(there) };
+    let source = Source::new(key_of_seed(job), seed.extent.length);
+    if !seed.is_there {
+        let made = |version, sure| Made::Object { key: source.key.clone(), version, sure };
+        let put = |attempt| put(job, disk, &source.key, seed, attempt);
+        let (entry, answer) = job.make("the zeros that parts are copied from", undo, made(None, false), put).await?;
+        undo.made(entry, made(answer.map_err(Missing::of(job))?, true));
+    }
+    let upload = Box::pin(take_up(job, undo, &there.key, left)).await?.map_err(Missing::of(job))?;
+    let later = send::missing(&disk.parts.disk, stored, false);
+    let sending = Box::pin(disk.send(job, &upload, |parts| &parts.scratch, Some(source), (tally, later))).await?;
+    let sent = match sending {
+        Ok(Sending::Done(sent)) => sent,
+        Ok(Sending::Failed(Lost::Refused(failure))) => return Err(Missing::of(job)(failure)),
+        Ok(Sending::Failed(lost)) => return Err(lost.into_error(job).into()),
+        Ok(Sending::Gone) => {
+            upload.is_gone(undo);
+            return Err(Missing::Ended);
+        }
+        Err(SourceGone) => return Err(Missing::Ended),
+    };
+    match Box::pin(upload.complete(job, undo, sent, false)).await?.map_err(Missing::of(job))? {
+        Completed::Whole(_) => Ok(there),
+        Completed::ByAnother => Err(Missing::Ended),
+    }
+}
+
+/// What there is of a scratch object that is worth making.
+struct Found {
+    /// Objects of this disk, whole or not, by their keys: an earlier run has left them, or another one uses them at this moment.
+    objects: Vec<(String, Object)>,
+    /// What the scratch object is to be made of; none: it is there.
+    seed: Option<Seed>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Seed {
+    extent: Extent,
+    digest: Digest,
+    is_there: bool,
+}
+
+async fn find(job: &Job<'_>, disk: &Disk, stored: Option<&StoredParts>, left: &Unfinished) -> Result<Found, Missing> {
+    let Some((extent, digest)) = disk.read(job, |parts, _| Ok(parts.seed())).await? else { return Err(Missing::Few) };
+    let copyable = copyable(job, disk, stored).await?;
     if copyable < FEW {
         return Err(Missing::Few);
     }
-    let (key, length) = (key(job), disk.parts.scratch_length());
-    let there = || Source::new(key.clone(), length);
-    let found = take_over_own(job, undo, &key).await?;
-    // An earlier run has left it, or another one uses it at this moment.
-    if let Some(found) = found
-        && disk.is_scratch(job, &found).await?
-    {
-        take_over_own(job, undo, &key_of_seed(job)).await?;
-        return Ok(there());
-    }
-    if copyable < FEW + disk.joints(&left) {
+    let length = disk.parts.scratch_length();
+    let scratch = look_for_own(job, key(job)).await?;
+    let is_whole = match &scratch {
+        // Hashed only if it may be.
+        Some((_, object)) if object.size() == length => {
+            object.is(length, &disk.checksum(job, |parts| &parts.scratch).await?)
+        }
+        _ => false,
+    };
+    let joints = send::missing(&disk.parts.scratch, left.begun.as_ref().map(|(_, stored)| stored), false);
+    if !is_whole && copyable < FEW + joints {
         return Err(Missing::Few);
     }
-    let seed = Box::pin(find_or_send_seed(job, undo, disk, seed)).await?;
-    let upload = Box::pin(take_up(job, undo, &key, left)).await?.map_err(Missing::of(job))?;
-    let sender = Arc::new(Sender {
-        line: Line::of(job, &upload),
-        file: Arc::clone(&disk.file),
-        parts: Arc::clone(&disk.parts),
-        pieces: disk.parts.scratch.clone(),
-        source: Some(seed),
-        room: Semaphore::new(job.request.parallel),
-        beside: (scratch.sent, send::missing(&disk.parts.disk, stored, false)),
-    });
-    let sent = match Box::pin(send::all(job, &sender)).await? {
-        Sending::Done(sent) => sent,
-        Sending::Failed(Lost::Refused(failure)) => return Err(Missing::of(job)(failure)),
-        Sending::Failed(lost) => return Err(lost.into_error(job).into()),
-        Sending::SourceGone => return Err(Missing::Deleted),
-        Sending::Gone => {
-            upload.is_gone(undo);
-            return Err(Missing::Deleted);
-        }
+    let seed = match look_for_own(job, key_of_seed(job)).await {
+        // It isn't needed any more.
+        Err(Missing::Because(_)) if is_whole => None,
+        found => found?,
     };
-    scratch.uploaded = scratch.uploaded.and(Uploaded::of(&sent));
-    scratch.sent += send::bytes_of(&sent);
-    match Box::pin(upload.complete(job, undo, sent, false)).await?.map_err(Missing::of(job))? {
-        Completed::Whole(_) => Ok(there()),
-        // It is found now, or is to be made once more.
-        Completed::ByAnother => Err(Missing::Deleted),
-    }
+    let is_there = seed.as_ref().is_some_and(|(_, object)| is_seed(object, extent, &digest));
+    Ok(Found {
+        objects: scratch.into_iter().chain(seed).collect(),
+        seed: (!is_whole).then_some(Seed { extent, digest, is_there }),
+    })
 }
 
-/// Finds the seed, or sends it.
-async fn find_or_send_seed(
-    job: &Job<'_>,
-    undo: &mut Undo,
-    disk: &Disk,
-    seed: (Extent, Digest),
-) -> Result<Source, Missing> {
-    let source = Source::new(key_of_seed(job), seed.0.length);
-    if take_over_own(job, undo, &source.key).await?.is_some_and(|found| is_seed(&found, seed)) {
-        return Ok(source);
-    }
-    let made = |version, sure| Made::Object { key: source.key.clone(), version, sure };
-    let put = |attempt| put(job, disk, &source.key, seed, attempt);
-    let (entry, answer) = job.make("the zeros that parts are copied from", undo, made(None, false), put).await?;
-    undo.made(entry, made(answer.map_err(Missing::of(job))?, true));
-    Ok(source)
+/// How many bytes can be copied of what is missing in what S3 has `stored` of the disk.
+async fn copyable(job: &Job<'_>, disk: &Disk, stored: Option<&StoredParts>) -> Result<u64, Error> {
+    let stored = stored.cloned().unwrap_or_default();
+    let missing = move |parts: &Parts, file: &File| {
+        let copyable = parts.disk.iter().filter(|piece| piece.source.is_some());
+        let [_, (_, copied)] = send::plan(copyable, |piece| parts.digest(file, piece), &stored, true)?;
+        Ok(copied)
+    };
+    disk.read(job, missing).await
 }
 
-fn is_seed(found: &Object, (extent, digest): (Extent, Digest)) -> bool {
-    found.is(extent.length, &parts::base64(&digest))
+fn is_seed(found: &Object, extent: Extent, digest: &Digest) -> bool {
+    found.is(extent.length, &parts::base64(digest))
+}
+
+/// An object of this disk, with its key. Who may not look may not copy either, and another disk's object is in the way.
+async fn look_for_own(job: &Job<'_>, key: String) -> Result<Option<(String, Object)>, Missing> {
+    let found = job.stop.or("what parts are copied from", Box::pin(object::look(job, &key))).await?;
+    match found.map_err(Missing::of(job))? {
+        Some(found) if !found.is_of_disk(job) => {
+            Err(Missing::Because(format!("another object is there: s3://{}/{key}", job.target.bucket)))
+        }
+        found => Ok(found.map(|found| (key, found))),
+    }
 }
 
 async fn put(
     job: &Job<'_>,
     disk: &Disk,
     key: &str,
-    (extent, digest): (Extent, Digest),
+    Seed { extent, digest, .. }: Seed,
     attempt: Try,
 ) -> Result<Option<String>, Failure> {
     // Sent twice, a bucket that keeps versions has two: an earlier request's is used.
     if attempt.doubtful
         && let Ok(Some(object)) = object::look(job, key).await
         && object.is_of_disk(job)
-        && is_seed(&object, (extent, digest))
+        && is_seed(&object, extent, &digest)
     {
         return Ok(object.version);
     }
@@ -314,21 +279,28 @@ async fn put(
     Ok(object::real_version(answer.version_id))
 }
 
-/// Looks for an object of this disk, which this run deletes then. Another disk's is in the way.
-async fn take_over_own(job: &Job<'_>, undo: &mut Undo, key: &str) -> Result<Option<Object>, Missing> {
-    let Some(found) = look_for_own(job, key).await? else { return Ok(None) };
-    undo.take_over(Made::Object { key: key.to_owned(), version: found.version.clone(), sure: true });
-    Ok(Some(found))
-}
-
 /// Looks for what an earlier run of this disk has left: this one deletes it.
 pub(super) async fn take_over(job: &Job<'_>, undo: &mut Undo) -> Result<(), Error> {
-    for key in [key(job), key_of_seed(job)] {
-        if let Err(Missing::Error(error)) = take_over_own(job, undo, &key).await {
-            return Err(error);
-        }
+    for (key, object) in left(job).await? {
+        undo.take_over(Made::Object { key, version: object.version, sure: true });
     }
     Ok(())
+}
+
+/// How many objects [`take_over`] would find.
+pub(super) async fn are_left(job: &Job<'_>) -> Result<u64, Error> {
+    Ok(left(job).await?.len() as u64)
+}
+
+async fn left(job: &Job<'_>) -> Result<Vec<(String, Object)>, Error> {
+    let mut all = Vec::new();
+    for key in [key(job), key_of_seed(job)] {
+        match look_for_own(job, key).await {
+            Err(Missing::Error(error)) => return Err(error),
+            found => all.extend(found.ok().flatten()),
+        }
+    }
+    Ok(all)
 }
 
 /// What [`make`] would do.
@@ -373,73 +345,25 @@ pub(super) async fn plan(
     stored: Option<&StoredParts>,
     left: &Unfinished,
 ) -> Result<Plan, Error> {
-    let mut plan = Plan { aborted: left.ids().count() as u64, ..Plan::default() };
-    match Box::pin(plan_finding(job, disk, stored, left, &mut plan)).await {
-        Err(Missing::Error(error)) => Err(error),
-        Err(Missing::Few) if stored.is_none() && plan.aborted == 0 => Ok(plan),
-        Err(_) => Ok(Plan { deleted: are_left(job).await?, ..plan }),
-        Ok(()) => Ok(Plan { copies: true, ..plan }),
-    }
-}
-
-async fn plan_finding(
-    job: &Job<'_>,
-    disk: &Disk,
-    stored: Option<&StoredParts>,
-    left: &Unfinished,
-    plan: &mut Plan,
-) -> Result<(), Missing> {
-    let Some(seed) = disk.read(job, |parts, _| Ok(parts.seed())).await? else { return Err(Missing::Few) };
-    let copyable = disk.copyable(job, stored).await?;
-    if copyable < FEW {
-        return Err(Missing::Few);
-    }
-    let found = look_for_own(job, &key(job)).await?;
-    plan.deleted += u64::from(found.is_some());
-    if let Some(found) = found
-        && disk.is_scratch(job, &found).await?
-    {
-        plan.deleted += u64::from(look_for_own(job, &key_of_seed(job)).await?.is_some());
-        return Ok(());
-    }
-    if copyable < FEW + disk.joints(left) {
-        return Err(Missing::Few);
-    }
-    let found = look_for_own(job, &key_of_seed(job)).await?;
-    plan.deleted += u64::from(found.is_some());
-    let put = !found.is_some_and(|found| is_seed(&found, seed));
-    let stored = left.begun.as_ref().map(|(_, stored)| stored.clone()).unwrap_or_default();
-    let amounts =
-        move |parts: &Parts, file: &File| send::plan(&parts.scratch, |piece| parts.digest(file, piece), &stored, true);
-    plan.parts = Some(disk.read(job, amounts).await?);
-    plan.put = put;
-    plan.begun = left.begun.is_some();
-    plan.aborted = left.others.len() as u64;
-    plan.deleted += 1 + u64::from(put);
-    Ok(())
-}
-
-/// An object of this disk. Who may not look may not copy either, and another disk's object is in the way.
-async fn look_for_own(job: &Job<'_>, key: &str) -> Result<Option<Object>, Missing> {
-    let found = job.stop.or("what parts are copied from", Box::pin(object::look(job, key))).await?;
-    match found.map_err(Missing::of(job))? {
-        Some(found) if !found.is_of_disk(job) => {
-            Err(Missing::Because(format!("another object is there: s3://{}/{key}", job.target.bucket)))
-        }
-        found => Ok(found),
-    }
-}
-
-/// How many objects [`take_over`] would find.
-pub(super) async fn are_left(job: &Job<'_>) -> Result<u64, Error> {
-    let mut count = 0;
-    for key in [key(job), key_of_seed(job)] {
-        match look_for_own(job, &key).await {
-            Err(Missing::Error(error)) => return Err(error),
-            found => count += u64::from(matches!(found, Ok(Some(_)))),
-        }
-    }
-    Ok(count)
+    let unfinished = left.ids().count() as u64;
+    let nothing = Plan { aborted: unfinished, ..Plan::default() };
+    let Found { objects, seed } = match Box::pin(find(job, disk, stored, left)).await {
+        Ok(found) => found,
+        Err(Missing::Error(error)) => return Err(error),
+        Err(Missing::Few) if stored.is_none() && unfinished == 0 => return Ok(nothing),
+        Err(_) => return Ok(Plan { deleted: are_left(job).await?, ..nothing }),
+    };
+    let deleted = objects.len() as u64;
+    let Some(seed) = seed else { return Ok(Plan { copies: true, deleted, ..nothing }) };
+    let stored = left.begun.as_ref().map(|(_, stored)| stored);
+    Ok(Plan {
+        copies: true,
+        put: !seed.is_there,
+        parts: Some(disk.plan(job, |parts| &parts.scratch, stored, true).await?),
+        begun: stored.is_some(),
+        deleted: deleted + 1 + u64::from(!seed.is_there),
+        aborted: left.others.len() as u64,
+    })
 }
 
 /// `x-amz-copy-source` is to be percent-encoded, its slashes apart (S3 API reference, `UploadPartCopy`).

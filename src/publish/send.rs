@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use aws_sdk_s3::config::timeout::TimeoutConfig;
@@ -15,13 +16,13 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use super::client::Clients;
-use super::failure::Failure;
+use super::failure::{Failure, Kind};
 use super::multipart::Upload;
 use super::object::StoredParts;
 use super::parts::{self, Digest, Extent, Part, Parts, Piece};
 use super::retry::{backoff, patient, s3_once};
 use super::scratch::Source;
-use super::upload::Lost;
+use super::upload::{Lost, Uploaded};
 use super::{Job, body};
 use crate::error::Error;
 use crate::event::{Event, Events};
@@ -66,9 +67,10 @@ pub(super) enum Sending {
     Failed(Lost),
     /// The upload isn't there any more: another run has completed or aborted it.
     Gone,
-    /// What is copied from isn't: another run has deleted it.
-    SourceGone,
 }
+
+/// What is copied from isn't there any more: another run has deleted it.
+pub(super) struct SourceGone;
 
 /// Where parts go; shared by all that are in flight.
 pub(super) struct Line {
@@ -77,7 +79,7 @@ pub(super) struct Line {
     pub(super) bucket: String,
     pub(super) key: String,
     pub(super) id: String,
-    /// What S3 had of this upload when it was taken up.
+    /// What S3 had of this upload when that was last listed.
     pub(super) stored: StoredParts,
 }
 
@@ -99,14 +101,16 @@ pub(super) struct Sender {
     pub(super) pieces: Vec<Piece>,
     /// What they are copied from.
     pub(super) source: Option<Source>,
-    /// For those on the line.
+    /// A permit for each part that is on the line.
     pub(super) room: Semaphore,
-    /// How many bytes were sent before, and how many will be after these.
-    pub(super) beside: (u64, u64),
+    /// What was done for the upload before, and is now.
+    pub(super) tally: Arc<Tally>,
+    /// How many bytes will be sent after these.
+    pub(super) later: u64,
 }
 
 /// Sends what S3 doesn't have of a raw disk.
-pub(super) async fn all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Sending, Error> {
+pub(super) async fn all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Result<Sending, SourceGone>, Error> {
     let mut sent = Vec::with_capacity(sender.pieces.len());
     let (copies, data): (Vec<Piece>, Vec<Piece>) =
         sender.pieces.iter().cloned().partition(|piece| piece.source.is_some());
@@ -117,13 +121,14 @@ pub(super) async fn all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Sending, 
     let parallel = job.request.parallel.max(1);
     let mut progress = Progress::of(sender);
     progress.tell(sender);
+    let mut source_gone = false;
     loop {
-        while let Some(piece) = data.next_if(|_| sending < parallel) {
+        while let Some(piece) = data.next_if(|_| !source_gone && sending < parallel) {
             sending += 1;
             running.spawn(Arc::clone(sender).send(piece));
         }
         // A copy costs the line nothing; what is sent after all waits for room on it.
-        while let Some(piece) = copies.next_if(|_| copying < parallel * COPIES_BESIDE) {
+        while let Some(piece) = copies.next_if(|_| !source_gone && copying < parallel * COPIES_BESIDE) {
             copying += 1;
             running.spawn(Arc::clone(sender).send(piece));
         }
@@ -136,16 +141,20 @@ pub(super) async fn all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Sending, 
                 sent.push(one);
                 progress.tell(sender);
             }
-            Err(Lost::Refused(failure)) if failure.code == UPLOAD_GONE => return Ok(Sending::Gone),
-            Err(Lost::Refused(failure)) if failure.code == SOURCE_GONE => return Ok(Sending::SourceGone),
-            Err(lost) => return Ok(Sending::Failed(lost)),
+            Err(Lost::Refused(failure)) if failure.code == UPLOAD_GONE => return Ok(Ok(Sending::Gone)),
+            // What is on the line may arrive.
+            Err(Lost::Refused(failure)) if failure.code == SOURCE_GONE => source_gone = true,
+            Err(lost) => return Ok(Ok(Sending::Failed(lost))),
         }
+    }
+    if source_gone {
+        return Ok(Err(SourceGone));
     }
     sent.sort_unstable_by_key(|one| one.part.number);
     if sent.iter().any(|one| one.how == How::Sent { confirmed: false }) {
         job.events.detail("the endpoint doesn't confirm SHA-256 checksums; it was asked to check them");
     }
-    Ok(Sending::Done(sent))
+    Ok(Ok(Sending::Done(sent)))
 }
 
 /// How many of the parts would be sent, and how many copied, if that is possible; each with its bytes. Only what S3 has
@@ -183,14 +192,37 @@ fn may_be_in(stored: &StoredParts, part: Part) -> bool {
     stored.get(&part.number).is_some_and(|stored| stored.size == part.length)
 }
 
-/// How many bytes of these were sent.
-pub(super) fn bytes_of(sent: &[Sent]) -> u64 {
-    sent.iter().filter(|one| matches!(one.how, How::Sent { .. })).map(|one| one.part.length).sum()
+/// What was done so far for the upload of a disk, all its objects and rounds together.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    /// That were sent.
+    bytes: AtomicU64,
+    sent: AtomicUsize,
+    copied: AtomicUsize,
+    kept: AtomicUsize,
+}
+
+impl Tally {
+    pub(super) fn add(&self, one: &Sent) {
+        let parts = match one.how {
+            How::Sent { .. } => {
+                self.bytes.fetch_add(one.part.length, Ordering::Relaxed);
+                &self.sent
+            }
+            How::Copied => &self.copied,
+            How::Kept => &self.kept,
+        };
+        parts.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn uploaded(&self) -> Uploaded {
+        let [sent, copied, kept] = [&self.sent, &self.copied, &self.kept].map(|parts| parts.load(Ordering::Relaxed));
+        Uploaded { sent, copied, kept }
+    }
 }
 
 /// How far the upload is, in bytes that are sent; what is copied or there already costs nothing.
 struct Progress {
-    done: u64,
     /// What is left in parts that have to be sent.
     data: u64,
     /// What is left in parts that are copied as long as that is possible.
@@ -200,7 +232,7 @@ struct Progress {
 impl Progress {
     fn of(sender: &Sender) -> Self {
         let length = |copyable| missing(&sender.pieces, Some(&sender.line.stored), copyable);
-        Self { done: 0, data: length(false), copies: length(true) }
+        Self { data: length(false), copies: length(true) }
     }
 
     fn ended(&mut self, sender: &Sender, one: &Sent, copyable: bool) {
@@ -209,14 +241,13 @@ impl Progress {
         if !may_be_in(&sender.line.stored, one.part) {
             *(if copyable { &mut self.copies } else { &mut self.data }) -= length;
         }
-        self.done += if matches!(one.how, How::Sent { .. }) { length } else { 0 };
+        sender.tally.add(one);
     }
 
     fn tell(&self, sender: &Sender) {
         let copies = if sender.copies() { 0 } else { self.copies };
-        let (before, after) = sender.beside;
-        let done = before + self.done;
-        let total = done + self.data + copies + after;
+        let done = sender.tally.bytes.load(Ordering::Relaxed);
+        let total = done + self.data + copies + sender.later;
         sender.line.events.emit(Event::Progress { phase: "upload", done, total });
     }
 }
@@ -258,8 +289,11 @@ impl Sender {
         if is_gone || piece.extents.is_empty() {
             return Err(Lost::Refused(failure));
         }
-        // What passes hits this part only. Sending it shows why, or works.
-        if !failure.is_passing() && source.refuse() {
+        if may_be_copied_later(&failure) {
+            return Err(Lost::Refused(failure));
+        }
+        // Sending it shows why, or works.
+        if source.refuse() {
             let why = failure.reason();
             self.line.events.detail(format!("parts can't be copied inside S3 and are sent: {why}"));
         }
@@ -317,7 +351,7 @@ impl Line {
             bucket: job.target.bucket.clone(),
             key: upload.key.clone(),
             id: upload.id.clone(),
-            stored: upload.stored.clone(),
+            stored: upload.stored.clone().unwrap_or_default(),
         }
     }
 
@@ -379,6 +413,12 @@ impl Line {
         };
         Ok(Sent { part, digest, etag, how: How::Sent { confirmed: arrived.is_some() } })
     }
+}
+
+/// Whether what couldn't be copied may be when AWS is less busy, or the line is back. Then to publish once more is quicker than
+/// to send all zeros.
+pub(super) fn may_be_copied_later(failure: &Failure) -> bool {
+    failure.is_passing() && matches!(failure.kind, Kind::Refused | Kind::Unreachable)
 }
 
 /// Damage on the way is found by S3, which then refuses the part; sent again it may arrive whole.

@@ -7,7 +7,6 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
 use tokio::task::JoinError;
 
 use super::Job;
@@ -17,48 +16,28 @@ use super::action::Action::{
 };
 use super::failure::Failure;
 use super::lock::{Busy, Lock};
-use super::multipart::{self, Completed, Upload, take_up};
-use super::object::{self, Object, Unfinished};
+use super::multipart::{self, Completed, take_up};
+use super::object::{self, Object};
 use super::parts::{self, Parts};
 use super::plan::{self, Count, Requests, Steps, Way};
 use super::scratch;
-use super::send::{self, How, Line, Sender, Sending, Sent};
+use super::send::{Line, Sending, Tally};
 use super::undo::{Made, Undo};
-use super::{ebs, vmdk};
+use super::{ebs, raw, vmdk};
 use crate::error::{Error, Exit};
 use crate::recipe::DiskFormat;
 use crate::store::Identity;
 use crate::units::{GIB, Size};
 
-/// How often what parts are copied from is made anew if another run deletes it.
-const ROUNDS: usize = 3;
-
 /// What came of it: how many parts of the disk and of its scratch object.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Uploaded {
     /// Were sent.
-    sent: usize,
+    pub(super) sent: usize,
     /// Were copied inside S3 instead.
-    copied: usize,
+    pub(super) copied: usize,
     /// Were there already.
-    kept: usize,
-}
-
-impl Uploaded {
-    /// How these came there.
-    pub(super) fn of(parts: &[Sent]) -> Self {
-        let count = |is: fn(&How) -> bool| parts.iter().filter(|one| is(&one.how)).count();
-        Self {
-            sent: count(|how| matches!(how, How::Sent { .. })),
-            copied: count(|how| *how == How::Copied),
-            kept: count(|how| *how == How::Kept),
-        }
-    }
-
-    pub(super) fn and(self, other: Self) -> Self {
-        let Self { sent, copied, kept } = self;
-        Self { sent: sent + other.sent, copied: copied + other.copied, kept: kept + other.kept }
-    }
+    pub(super) kept: usize,
 }
 
 pub(super) fn in_words(uploaded: Option<&Uploaded>) -> String {
@@ -99,13 +78,10 @@ pub(super) async fn plan(job: &Job<'_>, way: &mut Way) -> Result<u64, Error> {
     let (scratch, [sent, copied], words, bytes) = match &disk.form {
         Form::Raw(disk) => {
             let scratch = Box::pin(scratch::plan(job, disk, stored, &left.scratch)).await?;
-            let (stored, copies) = (stored.cloned().unwrap_or_default(), scratch.copies);
-            let amounts = move |parts: &Parts, file: &File| {
-                send::plan(&parts.disk, |piece| parts.digest(file, piece), &stored, copies)
-            };
-            let amounts = disk.read(job, amounts).await?.map(|(count, bytes)| [count, bytes].map(Count::exactly));
-            let from = format!(", zeros and lone data from s3://{}/{}", job.target.bucket, scratch::key(job));
-            let from = if copies { format!("{from}, which is deleted then") } else { String::new() };
+            let amounts = disk.plan(job, |parts| &parts.disk, stored, scratch.copies).await?;
+            let amounts = amounts.map(|(count, bytes)| [count, bytes].map(Count::exactly));
+            let from = format!(", zeros and short data from s3://{}/{}", job.target.bucket, scratch::key(job));
+            let from = if scratch.copies { from + ", which is deleted then" } else { String::new() };
             let data = Size(disk.parts.data());
             let words = format!("in {} parts ({data} in parts with data{there}){from}", disk.parts.disk.len());
             (scratch, amounts, words, Count::exactly(size))
@@ -174,7 +150,7 @@ struct Disk {
 
 /// As what.
 enum Form {
-    Raw(scratch::Disk),
+    Raw(raw::Disk),
     Vmdk,
 }
 
@@ -184,7 +160,7 @@ impl Disk {
         let form = match job.request.object.format {
             DiskFormat::Raw => {
                 let parts = Arc::new(Parts::of(&ebs::block_map(job)?));
-                Form::Raw(scratch::Disk { file: Arc::clone(&file), parts })
+                Form::Raw(raw::Disk { file: Arc::clone(&file), parts })
             }
             DiskFormat::Vmdk => Form::Vmdk,
         };
@@ -283,73 +259,38 @@ fn of_version(job: &Job<'_>, version: Option<String>) -> Made {
 /// Goes on with an upload, or begins one, and completes it. None if another run has ended it.
 async fn send_all(job: &Job<'_>, undo: &mut Undo, disk: &Disk, if_absent: bool) -> Result<Option<Uploaded>, Error> {
     let left = Box::pin(object::left(job)).await?;
-    let begun = left.disk.begun.is_some();
     // At first: what another host begins meanwhile, both would send.
     let upload = Box::pin(take_up(job, undo, &job.target.key, left.disk)).await?;
-    let upload = upload.map_err(|failure| job.error(failure))?;
-    if begun {
-        let there = upload.stored.len();
+    let mut upload = upload.map_err(|failure| job.error(failure))?;
+    if let Some(there) = &upload.stored {
+        let there = there.len();
         job.events.note(format!("going on with an upload that was begun before: {there} parts are there"));
     }
+    let tally = Arc::new(Tally::default());
     let sending = match &disk.form {
-        Form::Raw(disk) => Box::pin(send_raw(job, undo, disk, (&upload, begun), left.scratch)).await?,
+        Form::Raw(disk) => Box::pin(raw::send(job, undo, disk, &mut upload, left.scratch, &tally)).await?,
         Form::Vmdk => {
             let sending = Box::pin(vmdk::send(job, &disk.file, &Arc::new(Line::of(job, &upload)))).await?;
-            (sending, Uploaded::default())
+            if let Sending::Done(sent) = &sending {
+                sent.iter().for_each(|one| tally.add(one));
+            }
+            sending
         }
     };
-    let (sent, before) = match sending {
-        (Sending::Done(sent), before) => (sent, before),
-        (Sending::Failed(lost), _) => return Err(lost.into_error(job)),
-        (Sending::Gone | Sending::SourceGone, _) => {
+    let sent = match sending {
+        Sending::Done(sent) => sent,
+        Sending::Failed(lost) => return Err(lost.into_error(job)),
+        Sending::Gone => {
             upload.is_gone(undo);
             return Ok(None);
         }
     };
-    let uploaded = before.and(Uploaded::of(&sent));
     let whole = parts::composite(&sent.iter().map(|one| one.digest).collect::<Vec<_>>());
     unchanged(job, &disk.file, &disk.before)?;
     match Box::pin(upload.complete(job, undo, sent, if_absent)).await?.map_err(|failure| job.error(failure))? {
         Completed::Whole(Some(arrived)) if arrived != whole => Err(damaged(job)),
-        Completed::Whole(_) => Ok(Some(uploaded)),
+        Completed::Whole(_) => Ok(Some(tally.uploaded())),
         Completed::ByAnother => Ok(None),
-    }
-}
-
-/// Sends what S3 doesn't have of the disk, and has the rest copied. Returned is also what that took besides.
-async fn send_raw(
-    job: &Job<'_>,
-    undo: &mut Undo,
-    disk: &scratch::Disk,
-    (upload, begun): (&Upload, bool),
-    mut left: Unfinished,
-) -> Result<(Sending, Uploaded), Error> {
-    let mut line = Line::of(job, upload);
-    let mut besides = Uploaded::default();
-    let mut stored = begun.then(|| line.stored.clone());
-    let mut rounds = 0;
-    loop {
-        rounds += 1;
-        let scratch = Box::pin(scratch::make(job, undo, disk, stored.as_ref(), left)).await?;
-        besides = besides.and(scratch.uploaded);
-        let sender = Sender {
-            line,
-            file: Arc::clone(&disk.file),
-            parts: Arc::clone(&disk.parts),
-            pieces: disk.parts.disk.clone(),
-            // Another run may delete it again and again. Without one nothing is gone.
-            source: scratch.source.filter(|_| rounds < ROUNDS),
-            room: Semaphore::new(job.request.parallel),
-            beside: (scratch.sent, 0),
-        };
-        match Box::pin(send::all(job, &Arc::new(sender))).await? {
-            Sending::SourceGone => {}
-            ended => return Ok((ended, besides)),
-        }
-        let again = Box::pin(object::left(job)).await?;
-        let there = again.disk.begun.filter(|(id, _)| *id == upload.id).map(|(_, stored)| stored);
-        line = Line { stored: there.unwrap_or_default(), ..Line::of(job, upload) };
-        (stored, left) = (Some(line.stored.clone()), again.scratch);
     }
 }
 

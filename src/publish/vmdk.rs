@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 
 use super::Job;
 use super::parts::{self, Digest, Part};
-use super::send::{Body, How, Line, Sending, Sent};
+use super::send::{Body, How, Line, Sending, Sent, UPLOAD_GONE};
 use super::upload::Lost;
 use crate::disk::{self, Image, Work, write_vmdk};
 use crate::error::{Error, Exit};
@@ -105,7 +105,7 @@ pub(super) async fn send(job: &Job<'_>, disk: &Arc<File>, line: &Arc<Line>) -> R
                     sent.push(one);
                     job.events.emit(Event::Progress { phase: "upload", done, total: total - kept });
                 }
-                Err(Lost::Refused(failure)) if failure.code == "NoSuchUpload" => return Ok(Sending::Gone),
+                Err(Lost::Refused(failure)) if failure.code == UPLOAD_GONE => return Ok(Sending::Gone),
                 Err(lost) => return Ok(Sending::Failed(lost)),
             },
         }

@@ -250,6 +250,11 @@ fn other_host(stage: &Stage) -> Kiln {
     stage.aws.with(stage.bench.kiln(["publish", "elsewhere/web"]))
 }
 
+/// How many requests the endpoint keeps at this moment.
+fn held(stage: &Stage) -> usize {
+    stage.aws.control("GET", "requests?held=True", None)["requests"].as_array().unwrap().len()
+}
+
 /// The second joins the upload and completes it; the first finds that out, and waits for the second's import.
 #[test]
 fn two_kilns_of_two_hosts() {
@@ -301,6 +306,22 @@ fn what_is_copied_from_is_made_again_if_another_host_deletes_it() {
     }
 }
 
+/// What the first still copies from is gone by then, and so is the upload.
+#[test]
+fn what_another_host_has_completed_and_tidied_is_not_made_again() {
+    let stage = Stage::new();
+    // As many as are copied at once.
+    stage.aws.fault(&json!({ "action": "s3:UploadPartCopy", "skip": SEEDS, "hold": true, "count": 16 }));
+    let first = stage.publish().start();
+    wait_until("the first's copies", || held(&stage) == 16);
+    let second = other_host(&stage).run();
+    stage.aws.release();
+    let first = first.end();
+    assert_eq!(stage.published(second), stage.published(first));
+    assert_eq!(stage.aws.requests("s3:PutObject").len(), 1);
+    assert_eq!(stage.aws.requests("s3:CreateMultipartUpload").len(), 2, "of the disk, and of what it is copied from");
+}
+
 /// An earlier upload is taken back as well, whenever the one that goes on with it is stopped.
 #[test]
 fn ctrl_c_on_the_way_to_an_upload_that_was_begun_before() {
@@ -326,13 +347,15 @@ fn ctrl_c_on_the_way_to_an_upload_that_was_begun_before() {
 #[test]
 fn an_upload_that_another_host_aborts_is_begun_again() {
     let stage = Stage::new();
-    let first = half_sent_for(&stage, 15);
-    stage.aws.fault(&json!({ "action": "s3:UploadPart", "delay": 5 }));
-    let (before, second) = (sent(&stage), other_host(&stage).start());
-    wait_until("the second's parts", || sent(&stage) > before);
+    // Both wait for the same two parts.
+    stage.aws.fault(&json!({ "action": "s3:UploadPart", "skip": 3 + JOINTS, "hold": true, "count": 4 }));
+    let first = stage.publish().start();
+    wait_until("the first's parts", || held(&stage) == 2);
+    let second = other_host(&stage).start();
+    wait_until("the second's parts", || held(&stage) == 4);
     second.signal(Signal::INT);
     assert_eq!(second.end().code, Some(130));
-    stage.aws.control("DELETE", "faults", None);
+    stage.aws.release();
     stage.published(first.end());
     stage.assert_arrived();
     assert_eq!(stage.for_disk("s3:CreateMultipartUpload").len(), 2);
