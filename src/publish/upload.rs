@@ -272,7 +272,9 @@ async fn send_all(job: &Job<'_>, undo: &mut Undo, disk: &Disk, if_absent: bool) 
         Form::Vmdk => {
             let sending = Box::pin(vmdk::send(job, &disk.file, &Arc::new(Line::of(job, &upload)))).await?;
             if let Sending::Done(sent) = &sending {
-                sent.iter().for_each(|one| tally.add(one));
+                for one in sent {
+                    tally.add(one);
+                }
             }
             sending
         }
