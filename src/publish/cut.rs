@@ -130,7 +130,7 @@ fn cut_no_shorter(runs: &[Run], shortest: u64) -> Cut {
     // A part of data is shorter than twice this; in a joint, lone data is added at both ends.
     let usual = USUAL.max(data.div_ceil(MOST / 2).min(SEEDS * SEED / 2 - SHORTEST)).max(shortest);
     if zeros < FEW * SEED {
-        let parts = |one: Stretch| one.parts(if one.is_zeros() { u64::MAX } else { usual }, None);
+        let parts = |one: Stretch| one.parts(if one.is_zeros() { u64::MAX } else { usual });
         return Cut { disk: stretches.into_iter().flat_map(parts).collect(), scratch: Vec::new() };
     }
     let sides = if shortest == SHORTEST { sides(&mut stretches) } else { Sides::default() };
@@ -142,7 +142,7 @@ fn cut_no_shorter(runs: &[Run], shortest: u64) -> Cut {
     let (mut disk, mut others) = (Vec::new(), Vec::new());
     for stretch in &stretches {
         let begin = disk.len();
-        disk.extend(stretch.parts(if stretch.is_zeros() { seeds * SEED } else { usual }, Some(0)));
+        disk.extend(stretch.parts(if stretch.is_zeros() { seeds * SEED } else { usual }));
         others.extend((begin..disk.len()).filter(|_| stretch.what == What::Data));
     }
     let scratch = join(&mut disk, &sides, others, seeds);
@@ -164,7 +164,6 @@ enum What {
     /// So much data, with zeros behind it, or before it, that fill it up to the shortest part.
     Lone {
         data: u64,
-        zeros_first: bool,
     },
 }
 
@@ -174,15 +173,14 @@ impl Stretch {
     }
 
     /// Zeros are cut into the fewest parts that aren't longer than `length`, data into the most that aren't shorter.
-    fn parts(self, length: u64, source_of_zeros: Option<u64>) -> impl Iterator<Item = DiskPart> {
+    fn parts(self, length: u64) -> impl Iterator<Item = DiskPart> {
         let zeros = self.is_zeros();
         let pieces = match self.what {
             What::Zeros => self.span.blocks.div_ceil(length),
             What::Data => (self.span.blocks / length).max(1),
             What::Lone { .. } => 1,
         };
-        let source = source_of_zeros.filter(|_| zeros);
-        self.span.divided(pieces).map(move |span| DiskPart { span, zeros, source })
+        self.span.divided(pieces).map(move |span| DiskPart { span, zeros, source: None })
     }
 }
 
@@ -200,7 +198,7 @@ fn stretches(runs: &[Run], shortest: u64) -> Vec<Stretch> {
             continue;
         }
         if data > 0 {
-            let what = if filling == 0 { What::Data } else { What::Lone { data, zeros_first: false } };
+            let what = if filling == 0 { What::Data } else { What::Lone { data } };
             stretches.push(Stretch { span: Span { first, blocks: data + filling }, what });
             first += data + filling;
         }
@@ -226,14 +224,13 @@ struct Sides {
 fn sides(stretches: &mut [Stretch]) -> Sides {
     let mut sides = Sides::default();
     for at in 0..stretches.len() {
-        let Stretch { span, what: What::Lone { data, .. } } = stretches[at] else { continue };
+        let Stretch { span, what: What::Lone { data } } = stretches[at] else { continue };
         let filling = span.blocks - data;
         let has_before = at > 0 && stretches[at - 1].is_zeros() && stretches[at - 1].span.blocks >= SHORTEST + filling;
         // Zeros are behind lone data always.
         if sides.left.len() < sides.right.len() && has_before {
             stretches[at - 1].span.blocks -= filling;
             stretches[at].span.first -= filling;
-            stretches[at].what = What::Lone { data, zeros_first: true };
             stretches[at + 1].span.first -= filling;
             stretches[at + 1].span.blocks += filling;
             sides.left.push(Span { first: span.first, blocks: data });
@@ -249,6 +246,9 @@ fn sides(stretches: &mut [Stretch]) -> Sides {
 fn join(disk: &mut [DiskPart], sides: &Sides, mut others: Vec<usize>, seeds: u64) -> Vec<ScratchPart> {
     let mut scratch = vec![ScratchPart::Zeros; usize::try_from(seeds).unwrap_or_default()];
     let mut end = seeds * SEED;
+    for part in disk.iter_mut().filter(|part| part.zeros) {
+        part.source = Some(0);
+    }
     others.retain(|at| disk[*at].span.blocks >= SHORTEST);
     others.sort_by_key(|at| disk[*at].span.blocks);
     for ((number, right), other) in sides.right.iter().enumerate().zip(others).take(JOINTS) {

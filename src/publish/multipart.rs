@@ -29,10 +29,19 @@ pub(super) struct Upload {
 
 /// What came of completing an upload.
 pub(super) enum Completed {
-    /// The object is there, with this SHA-256 over its parts' SHA-256, as S3 writes it, if it tells that.
-    Whole(Option<String>),
+    /// The object is there.
+    Whole,
+    /// It is there, and S3 says that it is made of other parts.
+    Damaged,
     /// Another run has ended the upload, or made an object meanwhile.
     ByAnother,
+}
+
+/// Notes all of these, of this key, to be aborted.
+pub(super) fn take_over(undo: &mut Undo, key: &str, unfinished: &Unfinished) {
+    for id in unfinished.ids() {
+        undo.take_over(Made::upload(key, Some(id.clone())));
+    }
 }
 
 /// Goes on with an upload to this key, or begins one. Further ones are to be aborted.
@@ -42,25 +51,17 @@ pub(super) async fn take_up(
     key: &str,
     unfinished: Unfinished,
 ) -> Result<Result<Upload, Failure>, Error> {
-    let Unfinished { begun, others } = unfinished;
-    for id in others {
-        undo.take_over(unfinished_of(key, Some(id)));
-    }
-    if let Some((id, stored)) = begun {
-        let entry = undo.take_over(unfinished_of(key, Some(id.clone())));
+    take_over(undo, key, &unfinished);
+    if let Some((id, stored)) = unfinished.begun {
+        let entry = undo.take_over(Made::upload(key, Some(id.clone())));
         return Ok(Ok(Upload { key: key.to_owned(), id, stored: Some(stored), entry }));
     }
     let begin = |attempt| begin(job, key, attempt);
-    let (entry, answer) = job.make("the start of the upload", undo, unfinished_of(key, None), begin).await?;
+    let (entry, answer) = job.make("the start of the upload", undo, Made::upload(key, None), begin).await?;
     Ok(answer.map(|id| {
-        undo.made(entry, unfinished_of(key, Some(id.clone())));
+        undo.made(entry, Made::upload(key, Some(id.clone())));
         Upload { key: key.to_owned(), id, stored: None, entry }
     }))
-}
-
-/// For the list of what is undone.
-pub(super) fn unfinished_of(key: &str, id: Option<String>) -> Made {
-    Made::Upload { key: key.to_owned(), id, completing: false }
 }
 
 /// The oldest unfinished upload of this key.
@@ -110,7 +111,7 @@ impl Upload {
         if_absent: bool,
     ) -> Result<Result<Completed, Failure>, Error> {
         let Self { key, id, entry, .. } = self;
-        let digests: Vec<Digest> = sent.iter().map(|one| one.digest).collect();
+        let whole = parts::composite(&sent.iter().map(|one| one.digest).collect::<Vec<Digest>>());
         let size = sent.iter().map(|one| one.part.length).sum();
         let parts = sent.into_iter().map(completed_part).collect();
         let timeouts =
@@ -131,11 +132,12 @@ impl Upload {
         job.stop.check(what)?;
         let unfinished = |completing| Made::Upload { key: key.clone(), id: Some(id.clone()), completing };
         undo.made(entry, unfinished(true));
-        let object = |version| Made::Object { key: key.clone(), version, sure: true };
         let failure = match job.stop.creating(what, call.send()).await? {
             Ok(answer) => {
-                undo.made(entry, object(object::real_version(answer.version_id)));
-                return Ok(Ok(Completed::Whole(answer.checksum_sha256)));
+                undo.made(entry, Made::object(&key, object::real_version(answer.version_id)));
+                // An endpoint that says nothing is believed here.
+                let damaged = answer.checksum_sha256.is_some_and(|arrived| arrived != whole);
+                return Ok(Ok(if damaged { Completed::Damaged } else { Completed::Whole }));
             }
             Err(error) => job.clients.failed("s3:CompleteMultipartUpload")(error),
         };
@@ -153,12 +155,11 @@ impl Upload {
             undo.forget(entry);
         }
         // Perhaps it is this upload's: the first answer was lost, and the SDK has asked again.
-        let whole = parts::composite(&digests);
         let Some(own) = found.filter(|found| found.is_of_disk(job) && found.is(size, &whole)) else {
             return Ok(Ok(Completed::ByAnother));
         };
-        undo.take_over(object(own.version));
-        Ok(Ok(Completed::Whole(Some(whole))))
+        undo.take_over(Made::object(&key, own.version));
+        Ok(Ok(Completed::Whole))
     }
 }
 

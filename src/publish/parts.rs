@@ -110,12 +110,8 @@ impl Parts {
 
     /// The digest of `piece`. Zeros are not read.
     pub(super) fn digest(&self, file: &File, piece: &Piece) -> io::Result<Digest> {
-        self.digest_of_zeros(piece).map_or_else(|| hash(file, &piece.extents), Ok)
-    }
-
-    /// The digest of `piece` if it is zeros.
-    fn digest_of_zeros(&self, piece: &Piece) -> Option<Digest> {
-        piece.zeros.then(|| self.zeros().get(&piece.part.length).copied()).flatten()
+        let known = piece.zeros.then(|| self.zeros().get(&piece.part.length).copied()).flatten();
+        known.map_or_else(|| hash(file, &piece.extents), Ok)
     }
 
     fn zeros(&self) -> &BTreeMap<u64, Digest> {

@@ -74,7 +74,7 @@ impl Disk {
             line: Line::of(job, upload),
             file: Arc::clone(&self.file),
             parts: Arc::clone(&self.parts),
-            pieces: of(&self.parts).to_vec(),
+            of,
             source,
             room: Semaphore::new(job.request.parallel.max(1)),
             tally: Arc::clone(tally),

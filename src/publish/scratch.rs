@@ -30,6 +30,10 @@ use crate::error::Error;
 /// How many bytes making the scratch object must save on the line: it takes requests to make and to delete.
 const FEW: u64 = 20 << 20;
 
+/// How the keys of the scratch object and of the seed end.
+pub(super) const SCRATCH: &str = ".scratch";
+pub(super) const SEED: &str = ".zeros";
+
 /// An object that parts are copied from.
 #[derive(Debug)]
 pub(super) struct Source {
@@ -66,13 +70,13 @@ impl Source {
     }
 }
 
-/// Where the scratch object is.
+/// Where the scratch object is: behind the disk's own key.
 pub(super) fn key(job: &Job<'_>) -> String {
-    format!("{}.scratch", job.target.key)
+    job.target.key.clone() + SCRATCH
 }
 
 fn key_of_seed(job: &Job<'_>) -> String {
-    format!("{}.zeros", job.target.key)
+    job.target.key.clone() + SEED
 }
 
 /// Why there is no scratch object.
@@ -115,9 +119,7 @@ pub(super) async fn make(
     left: Unfinished,
     tally: &Arc<Tally>,
 ) -> Result<Result<Option<Source>, SourceGone>, Error> {
-    for id in left.ids() {
-        undo.take_over(multipart::unfinished_of(&key(job), Some(id.clone())));
-    }
+    multipart::take_over(undo, &key(job), &left);
     let may_be_left = stored.is_some() || left.ids().count() > 0;
     match Box::pin(find_or_make(job, undo, disk, stored, left, tally)).await {
         Ok(source) => return Ok(Ok(Some(source))),
@@ -142,9 +144,7 @@ async fn find_or_make(
     tally: &Arc<Tally>,
 ) -> Result<Source, Missing> {
     let Found { objects, seed } = Box::pin(find(job, disk, stored, &left)).await?;
-    for (key, object) in objects {
-        undo.take_over(Made::Object { key, version: object.version, sure: true });
-    }
+    delete_later(undo, objects);
     let there = Source::new(key(job), disk.parts.scratch_length());
     let Some(seed) = seed else { return Ok(there) };
     let source = Source::new(key_of_seed(job), seed.extent.length);
@@ -168,7 +168,8 @@ async fn find_or_make(
         Err(SourceGone) => return Err(Missing::Ended),
     };
     match Box::pin(upload.complete(job, undo, sent, false)).await?.map_err(Missing::of(job))? {
-        Completed::Whole(_) => Ok(there),
+        // What is copied from it is looked at piece by piece.
+        Completed::Whole | Completed::Damaged => Ok(there),
         Completed::ByAnother => Err(Missing::Ended),
     }
 }
@@ -281,10 +282,14 @@ async fn put(
 
 /// Looks for what an earlier run of this disk has left: this one deletes it.
 pub(super) async fn take_over(job: &Job<'_>, undo: &mut Undo) -> Result<(), Error> {
-    for (key, object) in left(job).await? {
-        undo.take_over(Made::Object { key, version: object.version, sure: true });
-    }
+    delete_later(undo, left(job).await?);
     Ok(())
+}
+
+fn delete_later(undo: &mut Undo, objects: Vec<(String, Object)>) {
+    for (key, object) in objects {
+        undo.take_over(Made::object(&key, object.version));
+    }
 }
 
 /// How many objects [`take_over`] would find.

@@ -97,8 +97,8 @@ pub(super) struct Sender {
     pub(super) file: Arc<File>,
     /// Which know their digests.
     pub(super) parts: Arc<Parts>,
-    /// Those that are sent: the disk's, or the scratch object's.
-    pub(super) pieces: Vec<Piece>,
+    /// Which of them are sent: the disk's, or the scratch object's.
+    pub(super) of: fn(&Parts) -> &[Piece],
     /// What they are copied from.
     pub(super) source: Option<Source>,
     /// A permit for each part that is on the line.
@@ -111,9 +111,9 @@ pub(super) struct Sender {
 
 /// Sends what S3 doesn't have of a raw disk.
 pub(super) async fn all(job: &Job<'_>, sender: &Arc<Sender>) -> Result<Result<Sending, SourceGone>, Error> {
-    let mut sent = Vec::with_capacity(sender.pieces.len());
-    let (copies, data): (Vec<Piece>, Vec<Piece>) =
-        sender.pieces.iter().cloned().partition(|piece| piece.source.is_some());
+    let pieces = sender.pieces();
+    let mut sent = Vec::with_capacity(pieces.len());
+    let (copies, data): (Vec<Piece>, Vec<Piece>) = pieces.iter().cloned().partition(|piece| piece.source.is_some());
     let (mut data, mut copies) = (data.into_iter().peekable(), copies.into_iter().peekable());
     let mut running: JoinSet<Result<(Sent, bool), Lost>> = JoinSet::new();
     // How many are on their way of those that have to be sent, and of those that can be copied.
@@ -231,7 +231,7 @@ struct Progress {
 
 impl Progress {
     fn of(sender: &Sender) -> Self {
-        let length = |copyable| missing(&sender.pieces, Some(&sender.line.stored), copyable);
+        let length = |copyable| missing(sender.pieces(), Some(&sender.line.stored), copyable);
         Self { data: length(false), copies: length(true) }
     }
 
@@ -253,6 +253,10 @@ impl Progress {
 }
 
 impl Sender {
+    fn pieces(&self) -> &[Piece] {
+        (self.of)(&self.parts)
+    }
+
     /// Whether what can be copied is expected to be.
     fn copies(&self) -> bool {
         self.source.as_ref().is_some_and(Source::serves)
@@ -286,10 +290,7 @@ impl Sender {
             Err(failure) => failure,
         };
         let is_gone = [UPLOAD_GONE, SOURCE_GONE].contains(&failure.code.as_str());
-        if is_gone || piece.extents.is_empty() {
-            return Err(Lost::Refused(failure));
-        }
-        if may_be_copied_later(&failure) {
+        if is_gone || piece.extents.is_empty() || may_be_copied_later(&failure) {
             return Err(Lost::Refused(failure));
         }
         // Sending it shows why, or works.

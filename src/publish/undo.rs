@@ -40,6 +40,18 @@ pub(super) enum Made {
     Image { id: Option<String>, name: String, snapshot: String },
 }
 
+impl Made {
+    /// An upload to this key that nobody completes.
+    pub(super) fn upload(key: &str, id: Option<String>) -> Self {
+        Self::Upload { key: key.to_owned(), id, completing: false }
+    }
+
+    /// An object that is there.
+    pub(super) fn object(key: &str, version: Option<String>) -> Self {
+        Self::Object { key: key.to_owned(), version, sure: true }
+    }
+}
+
 /// Everything made so far, or taken over from a run that was killed, in order.
 #[derive(Debug, Default)]
 pub(super) struct Undo {
@@ -400,8 +412,7 @@ async fn delete_object(job: &Job<'_>, key: &str, version: Option<&str>) -> Resul
         let call = call.set_version_id(version.map(str::to_owned));
         call.send().await.map(|_| ()).map_err(job.clients.failed("s3:DeleteObject"))
     });
-    let object = Made::Object { key: key.to_owned(), version: version.map(str::to_owned), sure: true };
-    Left::unless(deleted.await, object)
+    Left::unless(deleted.await, Made::object(key, version.map(str::to_owned)))
 }
 
 /// Deletes an object that may be there, and whose version isn't known; it is not there if that many looks don't see it.
@@ -481,9 +492,9 @@ mod tests {
     #[test]
     fn a_note_changes_with_what_is_known_and_goes_when_nothing_was_made() {
         let mut undo = Undo::default();
-        let upload = undo.will_make(Made::Upload { key: "web.raw".to_owned(), id: None, completing: false });
+        let upload = undo.will_make(Made::upload("web.raw", None));
         let task = undo.will_make(Made::Task { id: None });
-        let object = Made::Object { key: "web.raw".to_owned(), version: None, sure: true };
+        let object = Made::object("web.raw", None);
         undo.made(upload, object.clone());
         undo.forget(task);
         undo.will_make(Made::Snapshot { id: Some("snap-1".to_owned()) });

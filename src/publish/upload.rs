@@ -18,7 +18,7 @@ use super::failure::Failure;
 use super::lock::{Busy, Lock};
 use super::multipart::{self, Completed, take_up};
 use super::object::{self, Object};
-use super::parts::{self, Parts};
+use super::parts::Parts;
 use super::plan::{self, Count, Requests, Steps, Way};
 use super::scratch;
 use super::send::{Line, Sending, Tally};
@@ -218,25 +218,22 @@ pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<Option<Uplo
             job.events.note(format!("s3://{}/{} is this disk already", job.target.bucket, job.target.key));
             // Who wanted it kept decides when it goes.
             if !object.is_kept {
-                undo.take_over(of_version(job, object.version));
+                undo.take_over(Made::object(&job.target.key, object.version));
             }
             // And what has helped to make it.
             if let Form::Raw(_) = disk.form {
                 Box::pin(scratch::take_over(job, undo)).await?;
             }
             let left = Box::pin(object::left(job)).await?;
-            for (key, left) in [(&job.target.key, left.disk), (&scratch::key(job), left.scratch)] {
-                left.ids().for_each(|id| {
-                    undo.take_over(multipart::unfinished_of(key, Some(id.clone())));
-                });
-            }
+            multipart::take_over(undo, &job.target.key, &left.disk);
+            multipart::take_over(undo, &scratch::key(job), &left.scratch);
             Some(Uploaded::default())
         }
         Existing::Nothing => Box::pin(send_all(job, undo, &disk, true)).await?,
         Existing::Stale(object) => {
             // In a bucket that keeps versions it stays below the new one.
             if object.version.is_some() {
-                undo.take_over(of_version(job, object.version));
+                undo.take_over(Made::object(&job.target.key, object.version));
             }
             Box::pin(send_all(job, undo, &disk, false)).await?
         }
@@ -250,10 +247,6 @@ pub(super) async fn upload(job: &Job<'_>, undo: &mut Undo) -> Result<Option<Uplo
 fn busy(job: &Job<'_>) -> Error {
     let message = format!("another kiln publishes this disk to {}", job.target.region);
     Error::new(Exit::Publish, message).help("wait until it has ended, then publish again")
-}
-
-fn of_version(job: &Job<'_>, version: Option<String>) -> Made {
-    Made::Object { key: job.target.key.clone(), version, sure: true }
 }
 
 /// Goes on with an upload, or begins one, and completes it. None if another run has ended it.
@@ -270,13 +263,8 @@ async fn send_all(job: &Job<'_>, undo: &mut Undo, disk: &Disk, if_absent: bool) 
     let sending = match &disk.form {
         Form::Raw(disk) => Box::pin(raw::send(job, undo, disk, &mut upload, left.scratch, &tally)).await?,
         Form::Vmdk => {
-            let sending = Box::pin(vmdk::send(job, &disk.file, &Arc::new(Line::of(job, &upload)))).await?;
-            if let Sending::Done(sent) = &sending {
-                for one in sent {
-                    tally.add(one);
-                }
-            }
-            sending
+            let line = Arc::new(Line::of(job, &upload));
+            Box::pin(vmdk::send(job, &disk.file, &line, &tally)).await?
         }
     };
     let sent = match sending {
@@ -287,11 +275,10 @@ async fn send_all(job: &Job<'_>, undo: &mut Undo, disk: &Disk, if_absent: bool) 
             return Ok(None);
         }
     };
-    let whole = parts::composite(&sent.iter().map(|one| one.digest).collect::<Vec<_>>());
     unchanged(job, &disk.file, &disk.before)?;
     match Box::pin(upload.complete(job, undo, sent, if_absent)).await?.map_err(|failure| job.error(failure))? {
-        Completed::Whole(Some(arrived)) if arrived != whole => Err(damaged(job)),
-        Completed::Whole(_) => Ok(Some(tally.uploaded())),
+        Completed::Whole => Ok(Some(tally.uploaded())),
+        Completed::Damaged => Err(damaged(job)),
         Completed::ByAnother => Ok(None),
     }
 }

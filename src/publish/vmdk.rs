@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 
 use super::Job;
 use super::parts::{self, Digest, Part};
-use super::send::{Body, How, Line, Sending, Sent, UPLOAD_GONE};
+use super::send::{Body, How, Line, Sending, Sent, Tally, UPLOAD_GONE};
 use super::upload::Lost;
 use crate::disk::{self, Image, Work, write_vmdk};
 use crate::error::{Error, Exit};
@@ -78,7 +78,7 @@ fn parts_of(bytes: u64) -> u64 {
 }
 
 /// Makes the stream and sends what S3 doesn't have of it.
-pub(super) async fn send(job: &Job<'_>, disk: &Arc<File>, line: &Arc<Line>) -> Result<Sending, Error> {
+pub(super) async fn send(job: &Job<'_>, disk: &Arc<File>, line: &Arc<Line>, tally: &Tally) -> Result<Sending, Error> {
     let (give, mut pieces) = mpsc::channel(1);
     let (image, room) = (opened(job, disk)?, (Handle::current(), Arc::new(Semaphore::new(BESIDE))));
     let maker =
@@ -102,6 +102,7 @@ pub(super) async fn send(job: &Job<'_>, disk: &Arc<File>, line: &Arc<Line>) -> R
             Err(ended) => match ended.unwrap_or_else(|error| Err(Lost::Bug(error))) {
                 Ok((one, data)) => {
                     *(if one.how == How::Kept { &mut kept } else { &mut done }) += data;
+                    tally.add(&one);
                     sent.push(one);
                     job.events.emit(Event::Progress { phase: "upload", done, total: total - kept });
                 }

@@ -282,19 +282,20 @@ fn two_kilns_of_two_hosts() {
 /// The second is stopped while both make what parts are copied from, and takes all of that back: the first begins again.
 #[test]
 fn what_is_copied_from_is_made_again_if_another_host_deletes_it() {
-    for (action, skip) in [("s3:UploadPart", 0), ("s3:UploadPartCopy", SEEDS / 2), ("s3:UploadPartCopy", SEEDS + 4)] {
+    // And how many of them each has on the way then.
+    for (action, skip, each) in [
+        ("s3:UploadPart", 0, 1),
+        ("s3:UploadPartCopy", SEEDS / 2, SEEDS - SEEDS / 2),
+        ("s3:UploadPartCopy", SEEDS + 4, 16),
+    ] {
         let stage = Stage::new();
         let hold = json!({ "action": action, "skip": skip, "hold": true });
         stage.aws.fault(&hold);
         let first = stage.publish().start();
-        stage.aws.wait_until_held(action);
-        let is_seed = |call: &&Value| call["resource"].as_str().unwrap().rsplit('.').next() == Some("zeros");
-        let looks = || stage.aws.requests("s3:HeadObject").iter().filter(is_seed).count();
-        let before = looks();
+        wait_until("the first's requests", || held(&stage) as u64 == each);
         let second = other_host(&stage).start();
-        // Its last look at what the first has begun, which it takes for its own.
-        wait_until("the second's look", || looks() > before);
-        std::thread::sleep(std::time::Duration::from_secs(1));
+        // By then it has found what the first has begun, and takes it for its own.
+        wait_until("the second's requests", || held(&stage) as u64 >= 2 * each);
         second.signal(Signal::INT);
         assert_eq!(second.end().code, Some(130));
         assert_eq!(stage.aws.resources(), NOTHING, "{action} {skip}");

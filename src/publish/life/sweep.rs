@@ -18,7 +18,7 @@ use super::super::found;
 use super::super::import::{self, State};
 use super::super::place::Place;
 use super::super::undo::{EACH, until_deleted};
-use super::super::{image, rules};
+use super::super::{image, rules, scratch};
 use super::{list, retire};
 use crate::error::{Error, Exit};
 
@@ -252,9 +252,9 @@ impl<'a> Key<'a> {
     /// `.scratch`.
     fn read(key: &'a str) -> Option<Self> {
         let last = key.rsplit('/').next()?;
-        let (last, zeros) = match last.strip_suffix(".zeros") {
+        let (last, zeros) = match last.strip_suffix(scratch::SEED) {
             Some(rest) => (rest, true),
-            None => (last.strip_suffix(".scratch").unwrap_or(last), false),
+            None => (last.strip_suffix(scratch::SCRATCH).unwrap_or(last), false),
         };
         let stem = last.strip_suffix(".raw").or_else(|| last.strip_suffix(".vmdk"))?;
         let is_hex = |text: &str| {
