@@ -86,6 +86,8 @@ pub struct Layer {
     pub parts: Parts,
     /// Whether it may be taken from the store and kept there.
     pub cached: bool,
+    /// How long it may be taken.
+    pub max_age: Option<std::time::Duration>,
 }
 
 /// The part that names the parent's key.
@@ -158,13 +160,20 @@ fn layers(recipe: &Recipe, facts: &Facts, disk_size: Size, boot: &BootPath) -> V
         part("boot", boot.as_str().to_owned()),
         part("network", recipe.machine.network.as_str().to_owned()),
     ]);
-    let mut layers = vec![Layer { name: "the booted base".to_owned(), key: digest(&parts), parts, cached: true }];
+    let mut layers =
+        vec![Layer { name: "the booted base".to_owned(), key: digest(&parts), parts, cached: true, max_age: None }];
     for (step, inputs) in recipe.steps.iter().zip(&facts.inputs) {
         let (parent, cached) = layers.last().map(|layer| (layer.key.clone(), layer.cached)).unwrap_or_default();
         let mut parts = inputs.clone();
         parts.extend([part(PARENT, parent), part("reboot", step.reboot.to_string())]);
         // What follows a step that always runs depends on what it did this time.
-        layers.push(Layer { name: step.name.clone(), key: digest(&parts), parts, cached: cached && step.cache });
+        layers.push(Layer {
+            name: step.name.clone(),
+            key: digest(&parts),
+            parts,
+            cached: cached && step.cache,
+            max_age: None,
+        });
     }
     layers
 }

@@ -165,13 +165,13 @@ fn damaged_layers_are_not_used() {
     let said = spoil(&|layer| cut(&layer.join("disk.qcow2")));
     assert!(said.contains("can't be used: disk.qcow2 was changed"), "{said}");
     assert_eq!(ran(&bench)[0], "boot");
-    let said = spoil(&|layer| std::fs::write(layer.join("layer.json"), "{ \"format\": 3").unwrap());
+    let said = spoil(&|layer| std::fs::write(layer.join("layer.json"), "{ \"format\": 4").unwrap());
     assert!(said.contains("can't be used: layer.json: "), "{said}");
     let said = spoil(&|layer| {
         let text = std::fs::read_to_string(layer.join("layer.json")).unwrap();
-        std::fs::write(layer.join("layer.json"), text.replace("\"format\":3", "\"format\":999")).unwrap();
+        std::fs::write(layer.join("layer.json"), text.replace("\"format\":4", "\"format\":999")).unwrap();
     });
-    assert!(said.contains("it has format 999, and this kiln writes 3"), "{said}");
+    assert!(said.contains("it has format 999, and this kiln writes 4"), "{said}");
     // Without a usable memory the layer's disk is booted.
     spoil(&|layer| {
         for file in std::fs::read_dir(layer).unwrap().map(|file| file.unwrap().path()) {

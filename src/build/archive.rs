@@ -1,16 +1,18 @@
-//! Tar archives on their way into the guest: a script with its surroundings, or files to copy.
+//! Tar archives on their way into the guest: a script with its surroundings, or files to copy. What they hold is what
+//! [`super::inputs`] has planned, or there is an error: a file that changed since is never sent.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::fs::{File, Metadata};
-use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest as _, Sha256};
 use tar::{Builder, EntryType, Header};
 
-use super::inputs::names;
+use super::inputs::{Entry, Kind};
 use crate::cancel::Cancel;
+use crate::units::hex;
 use crate::vm::guest::{Archive, Owner};
 
 type Tar<'a> = Builder<&'a mut File>;
@@ -21,10 +23,10 @@ pub(super) struct Script<'a> {
     pub(super) text: &'a [u8],
     /// Its environment.
     pub(super) env: &'a BTreeMap<String, String>,
-    /// Files in its working directory: name there, and where they are on the host.
-    pub(super) files: &'a [(PathBuf, PathBuf)],
+    /// Files in its working directory.
+    pub(super) files: &'a [Entry],
     /// Texts in its working directory.
-    pub(super) texts: &'a [(&'a str, &'a str)],
+    pub(super) texts: &'a [(&'a str, &'a [u8])],
 }
 
 impl Script<'_> {
@@ -34,59 +36,88 @@ impl Script<'_> {
     }
 
     /// The archive, made in `scratch`: all in a folder named `folder`.
-    pub(super) fn archive(&self, scratch: &Path, folder: &str) -> io::Result<Archive> {
-        let inside = |name: &Path| Path::new(folder).join(name);
+    pub(super) fn archive(&self, scratch: &Path, folder: &str, look: &Look<'_>) -> io::Result<Archive> {
+        let folder = Path::new(folder);
         Archive::build(scratch, |tar| {
-            append_folder(tar, Path::new(folder), 0o755)?;
-            append_bytes(tar, &inside(Path::new(".kiln/env")), environment(self.env).as_bytes(), 0o600)?;
-            append_bytes(tar, &inside(Path::new(".kiln/step")), self.text, 0o755)?;
-            for (name, text) in self.texts {
-                append_bytes(tar, &inside(Path::new(name)), text.as_bytes(), 0o755)?;
+            tar.append_data(&mut look.header(0o755, EntryType::Directory)?, folder.join(""), io::empty())?;
+            let text = |tar: &mut Tar<'_>, name: &str, bytes: &[u8], mode: u32| {
+                let mut header = look.header(mode, EntryType::Regular)?;
+                header.set_size(bytes.len() as u64);
+                tar.append_data(&mut header, folder.join(name), bytes)
+            };
+            text(tar, ".kiln/env", environment(self.env).as_bytes(), 0o600)?;
+            text(tar, ".kiln/step", self.text, 0o755)?;
+            for (name, bytes) in self.texts {
+                text(tar, name, bytes, 0o755)?;
             }
-            for (name, path) in self.files {
-                append_tree(tar, path, &inside(name), &Look::default())?;
-            }
-            Ok(())
+            self.files.iter().try_for_each(|entry| append(tar, entry, folder, look))
         })
     }
 }
 
-/// How copied files shall look in the guest.
-#[derive(Default)]
-struct Look<'a> {
-    owner: Option<&'a Owner>,
-    mode: Option<u32>,
-    /// Times after this are set to it, in seconds since 1970.
-    latest: Option<u64>,
+/// What all files of an archive have in common in the guest.
+pub(super) struct Look<'a> {
+    /// Whose they are; none: root's.
+    pub(super) owner: Option<&'a Owner>,
+    /// Permission bits of files, and with the right to enter where there is one to read of folders; none: their own.
+    pub(super) mode: Option<u32>,
+    /// When they were changed, in seconds since 1970. The host's own times would differ between clones of a repository.
+    pub(super) time: u64,
     /// Who may stop it.
-    cancel: Option<&'a Cancel>,
+    pub(super) cancel: &'a Cancel,
 }
 
-/// A copy: what, where to, and how it shall look there.
+impl<'a> Look<'a> {
+    /// Root's own files, changed now.
+    pub(super) fn plain(cancel: &'a Cancel) -> Self {
+        Self { owner: None, mode: None, time: super::now(), cancel }
+    }
+
+    fn header(&self, own_mode: u32, kind: EntryType) -> io::Result<Header> {
+        let mut header = Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(match self.mode {
+            Some(mode) if kind.is_dir() => mode | ((mode & 0o444) >> 2),
+            Some(mode) => mode,
+            None => own_mode,
+        });
+        header.set_mtime(self.time);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_size(0);
+        if let Some(owner) = self.owner {
+            match owner.user.parse() {
+                Ok(number) => header.set_uid(number),
+                Err(_) => header.set_username(&owner.user)?,
+            }
+            match owner.group.parse() {
+                Ok(number) => header.set_gid(number),
+                Err(_) => header.set_groupname(&owner.group)?,
+            }
+        }
+        Ok(header)
+    }
+}
+
+/// A copy: what and where to.
 pub(super) struct Copy<'a> {
-    /// The file or folder on the host.
-    pub(super) from: &'a Path,
+    /// The name of the file or folder on the host.
+    pub(super) name: &'a Path,
+    /// It, and what is in it.
+    pub(super) files: &'a [Entry],
     /// The absolute path in the guest, as written.
     pub(super) to: &'a str,
     /// What is in the folder, not the folder itself.
     pub(super) contents: bool,
-    /// Whose the files are.
-    pub(super) owner: &'a Owner,
-    /// Permission bits of files; folders get the right to enter where there is one to read.
-    pub(super) mode: Option<u32>,
-    /// Times after this are set to it.
-    pub(super) latest: Option<u64>,
-    /// Who may stop it.
-    pub(super) cancel: &'a Cancel,
 }
 
 impl Copy<'_> {
     /// The archive, made in `scratch`, and the folder of the guest that it is unpacked in.
     ///
     /// `to` with a slash at its end is a folder that the thing goes into; without one it is the thing's new name.
-    pub(super) fn archive(&self, scratch: &Path) -> io::Result<(Archive, String)> {
-        let own_name = self.from.file_name().map(PathBuf::from).unwrap_or_default();
-        let is_folder = fs_err::metadata(self.from)?.is_dir();
+    pub(super) fn archive(&self, scratch: &Path, look: &Look<'_>) -> io::Result<(Archive, String)> {
+        let is_folder = self.files.first().is_some_and(|entry| entry.kind == Kind::Folder);
+        let own_name = self.name.file_name().map(PathBuf::from).unwrap_or_default();
         let (folder, name) = if is_folder && self.contents {
             (self.to.to_owned(), PathBuf::new())
         } else if self.to.ends_with('/') {
@@ -95,13 +126,10 @@ impl Copy<'_> {
             let (folder, name) = self.to.rsplit_once('/').unwrap_or(("", self.to));
             (format!("{folder}/"), PathBuf::from(name))
         };
-        let look = Look { owner: Some(self.owner), mode: self.mode, latest: self.latest, cancel: Some(self.cancel) };
         let archive = Archive::build(scratch, |tar| {
-            if name.as_os_str().is_empty() {
-                append_entries(tar, self.from, &name, &look)
-            } else {
-                append_tree(tar, self.from, &name, &look)
-            }
+            // The folder whose content is copied has no name of its own there.
+            let named = |entry: &&Entry| !(name.as_os_str().is_empty() && entry.name.as_os_str().is_empty());
+            self.files.iter().filter(named).try_for_each(|entry| append(tar, entry, &name, look))
         })?;
         Ok((archive, folder))
     }
@@ -115,93 +143,42 @@ pub(super) fn environment(env: &BTreeMap<String, String>) -> String {
     })
 }
 
-fn append_folder(tar: &mut Tar<'_>, name: &Path, mode: u32) -> io::Result<()> {
-    let mut header = Header::new_gnu();
-    header.set_mode(mode);
-    header.set_entry_type(EntryType::Directory);
-    header.set_size(0);
-    tar.append_data(&mut header, name.join(""), io::empty())
-}
-
-fn append_bytes(tar: &mut Tar<'_>, name: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    let mut header = Header::new_gnu();
-    header.set_mode(mode);
-    header.set_size(bytes.len() as u64);
-    tar.append_data(&mut header, name, bytes)
-}
-
-/// Appends `path` under `name`, and everything in it if it is a folder, in the order of names.
-fn append_tree(tar: &mut Tar<'_>, path: &Path, name: &Path, look: &Look<'_>) -> io::Result<()> {
-    let metadata = fs_err::symlink_metadata(path)?;
-    let mut header = header(&metadata, look)?;
-    let kind = metadata.file_type();
-    if kind.is_symlink() {
-        header.set_entry_type(EntryType::Symlink);
-        header.set_size(0);
-        tar.append_link(&mut header, name, fs_err::read_link(path)?)
-    } else if kind.is_dir() {
-        header.set_entry_type(EntryType::Directory);
-        header.set_size(0);
-        tar.append_data(&mut header, name.join(""), io::empty())?;
-        append_entries(tar, path, name, look)
-    } else if kind.is_file() {
-        header.set_size(metadata.len());
-        let mut file = Whole { file: fs_err::File::open(path)?, left: metadata.len(), cancel: look.cancel };
-        tar.append_data(&mut header, name, &mut file)
-    } else {
-        Err(io::Error::other(format!("`{}` is neither a file, a folder nor a link", path.display())))
+/// Appends what was planned, in `folder`. A file is read once more, and must be what it was.
+fn append(tar: &mut Tar<'_>, entry: &Entry, folder: &Path, look: &Look<'_>) -> io::Result<()> {
+    // Without its last slash: a folder's name is joined to nothing otherwise.
+    let name: PathBuf = folder.join(&entry.name).components().collect();
+    match &entry.kind {
+        Kind::Folder => {
+            tar.append_data(&mut look.header(entry.mode, EntryType::Directory)?, name.join(""), io::empty())
+        }
+        Kind::Link(target) => tar.append_link(&mut look.header(entry.mode, EntryType::Symlink)?, name, target),
+        Kind::File { size, sha256 } => {
+            let changed = || io::Error::other(format!("`{}` has changed since the build began", entry.path.display()));
+            let mut header = look.header(entry.mode, EntryType::Regular)?;
+            header.set_size(*size);
+            let mut file =
+                Hashed { file: fs_err::File::open(&entry.path)?, hasher: Sha256::new(), cancel: look.cancel };
+            tar.append_data(&mut header, name, (&mut file).take(*size))?;
+            let is_longer = file.read(&mut [0])? > 0;
+            if is_longer || hex(&file.hasher.finalize()) != *sha256 { Err(changed()) } else { Ok(()) }
+        }
     }
 }
 
-fn append_entries(tar: &mut Tar<'_>, folder: &Path, name: &Path, look: &Look<'_>) -> io::Result<()> {
-    names(folder)?.iter().try_for_each(|entry| append_tree(tar, &folder.join(entry), &name.join(entry), look))
-}
-
-/// A file of the length that its header has announced, whatever happens to it meanwhile.
-struct Whole<'a> {
+/// A file that is hashed while it is read.
+struct Hashed<'a> {
     file: fs_err::File,
-    left: u64,
-    cancel: Option<&'a Cancel>,
+    hasher: Sha256,
+    cancel: &'a Cancel,
 }
 
-impl io::Read for Whole<'_> {
+impl Read for Hashed<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if let Some(cancel) = self.cancel {
-            cancel.check().map_err(io::Error::other)?;
-        }
-        let room = buffer.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
-        let read = self.file.read(&mut buffer[..room])?;
-        if read == 0 && room > 0 {
-            return Err(io::Error::other(format!("`{}` was cut short meanwhile", self.file.path().display())));
-        }
-        self.left -= read as u64;
+        self.cancel.check().map_err(io::Error::other)?;
+        let read = self.file.read(buffer)?;
+        self.hasher.update(&buffer[..read]);
         Ok(read)
     }
-}
-
-fn header(metadata: &Metadata, look: &Look<'_>) -> io::Result<Header> {
-    let mut header = Header::new_gnu();
-    let own_mode = metadata.mode() & 0o7777;
-    header.set_mode(match look.mode {
-        Some(mode) if metadata.is_dir() => mode | ((mode & 0o444) >> 2),
-        Some(mode) => mode,
-        None => own_mode,
-    });
-    let changed = u64::try_from(metadata.mtime()).unwrap_or(0);
-    header.set_mtime(look.latest.map_or(changed, |latest| changed.min(latest)));
-    header.set_uid(0);
-    header.set_gid(0);
-    if let Some(owner) = look.owner {
-        match owner.user.parse() {
-            Ok(number) => header.set_uid(number),
-            Err(_) => header.set_username(&owner.user)?,
-        }
-        match owner.group.parse() {
-            Ok(number) => header.set_gid(number),
-            Err(_) => header.set_groupname(&owner.group)?,
-        }
-    }
-    Ok(header)
 }
 
 #[cfg(test)]

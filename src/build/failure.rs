@@ -68,7 +68,8 @@ pub(super) fn keep(mut error: Error, request: &Request, pending: Pending, scratc
     if let Exit::Signal(_) = error.exit {
         return error;
     }
-    let (build_log, console_log) = (pending.after_failure(output::BUILD_LOG), pending.after_failure("console.log"));
+    let (build_log, console_log) =
+        (pending.after_failure().join(output::BUILD_LOG), pending.after_failure().join("console.log"));
     match pending.fail() {
         Ok(folder) => {
             if error.log.is_none() {

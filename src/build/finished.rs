@@ -1,5 +1,6 @@
 //! A build that has nothing to do, because its output is there.
 
+use super::found::counts;
 use super::manifest::{DISK, Manifest, PublishFacts, TestFacts};
 use super::{Artifact, Fresh, Inputs, Request, from_home, make_plan, session, verify};
 use crate::cancel::Cancel;
@@ -29,6 +30,7 @@ pub(super) fn finished(
     let (plan, ..) = make_plan(recipe, &base, inputs)?;
     let same = plan.layers.iter().all(|layer| layer.cached)
         && manifest.artifact == artifact_key(recipe, &plan, publish)
+        && counts(store, &plan, &manifest.lineage)
         && folder.join(DISK).is_file();
     if !same {
         return Ok(None);

@@ -1,5 +1,6 @@
-//! What goes into the guest for each step, read and digested before anything is started: a file that can't be read is
-//! told at once, and the digests say whether a step is the same as in another build.
+//! What goes into the guest for each step, decided once, before anything is started: a file that can't be read is told
+//! at once. The key is made from it, and so is the archive that is sent ([`super::archive`]), which fails if a file is not
+//! what it was any more.
 
 use std::collections::BTreeMap;
 use std::fs::Metadata;
@@ -18,12 +19,52 @@ use crate::provisioners;
 use crate::recipe::{Action, Recipe, Step};
 use crate::units::hex;
 
+/// `SOURCE_DATE_EPOCH` in steps where the user gives none: 2026-01-01T00:00:00Z. It is the same in every build, because
+/// steps see it.
+pub(super) const DEFAULT_EPOCH: u64 = 1_767_225_600;
+
 /// One step's inputs.
 pub(super) struct Inputs {
-    /// The script's bytes; a copy has none.
-    pub(super) script: Option<Vec<u8>>,
+    /// The script; a copy has none.
+    pub(super) script: Option<Script>,
+    /// The files that it takes in, each folder before what is in it.
+    pub(super) files: Vec<Entry>,
     /// Everything that can change what the step does.
     pub(super) parts: Parts,
+    /// Whether the script may change settings of the kernel, which are lost when its disk is booted.
+    pub(super) sets_kernel: bool,
+}
+
+/// A script and its environment: all of the variables that are kiln's to set.
+pub(super) struct Script {
+    pub(super) text: Vec<u8>,
+    pub(super) env: BTreeMap<String, String>,
+}
+
+/// A file, folder or link as it was when the step was planned.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Entry {
+    /// Its name in the guest: relative to the script's folder, or to what is copied, whose own name is empty.
+    pub(super) name: PathBuf,
+    /// Where it is on the host.
+    pub(super) path: PathBuf,
+    /// Permission bits.
+    pub(super) mode: u32,
+    pub(super) kind: Kind,
+}
+
+/// What an [`Entry`] is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Kind {
+    Folder,
+    /// With its target.
+    Link(PathBuf),
+    File {
+        /// In bytes.
+        size: u64,
+        /// In lowercase hex.
+        sha256: String,
+    },
 }
 
 /// Reads what all steps take in. What else the recipe names is looked at as well, so that a mistake is told at once.
@@ -33,51 +74,110 @@ pub(super) fn read(recipe: &Recipe, epoch: Option<u64>, cancel: &Cancel) -> Resu
 }
 
 fn read_step(recipe: &Recipe, step: &Step, epoch: Option<u64>, cancel: &Cancel) -> Result<Inputs, Error> {
-    let missing = |path: &Path, error: io::Error| {
-        Error::new(Exit::Input, format!("cannot read `{}`: {}", path.display(), plain(&error)))
+    let missing = |(path, error): Lost| match cancel.check() {
+        Err(cancelled) => cancelled.into(),
+        Ok(()) => Error::new(Exit::Input, format!("cannot read `{}`: {}", path.display(), plain(&error)))
             .at(recipe.place(&step.value_span))
-            .help("paths are relative to the recipe's folder")
+            .help("paths are relative to the recipe's folder"),
     };
-    let script = match &step.action {
+    let text = match &step.action {
         Action::File { path, .. } => {
             let path = recipe.dir().join(path);
-            Some(std::fs::read(&path).map_err(|error| missing(&path, error))?)
+            Some(std::fs::read(&path).map_err(|error| missing((path, error)))?)
         }
         Action::Inline { script, .. } => Some(script.clone().into_bytes()),
         Action::Uses { provisioner, .. } => Some(provisioner.script.as_bytes().to_vec()),
         Action::Copy { .. } => None,
     };
-    let mut trees = extra_files(recipe, step);
-    if let Action::Copy { from, .. } = &step.action {
-        // A link that is named is followed, as `cp -r LINK/.` does; links inside of a folder stay links.
-        let path = recipe.dir().join(from);
-        trees.push((PathBuf::new(), std::fs::canonicalize(&path).map_err(|error| missing(&path, error))?));
-    }
-    let parts = parts(recipe, step, script.as_deref(), &trees, epoch, cancel).map_err(|(path, error)| match cancel
-        .check()
-    {
-        Err(cancelled) => cancelled.into(),
-        Ok(()) => missing(&path, error),
-    })?;
-    Ok(Inputs { script, parts })
+    let files = files(recipe, step, cancel).map_err(missing)?;
+    let sets_kernel = text.as_deref().is_some_and(|text| KERNEL.iter().any(|word| contains(text, word)));
+    let script = text.map(|text| Script { env: environment(recipe, step, &text, epoch), text });
+    let parts = parts(step, script.as_ref(), &files, epoch);
+    Ok(Inputs { script, files, parts, sets_kernel })
 }
 
-/// The files next to a step's script: their names in the guest, and where they are.
-pub(super) fn extra_files(recipe: &Recipe, step: &Step) -> Vec<(PathBuf, PathBuf)> {
+/// Words in scripts that change the kernel's settings.
+const KERNEL: [&str; 3] = ["sysctl", "/proc/sys", "/sys/"];
+
+fn contains(text: &[u8], word: &str) -> bool {
+    text.windows(word.len()).any(|window| window == word.as_bytes())
+}
+
+/// What a step takes in besides its script.
+fn files(recipe: &Recipe, step: &Step, cancel: &Cancel) -> Result<Vec<Entry>, Lost> {
+    let mut entries = Vec::new();
     let (folder, files) = step.action.files();
-    files.iter().map(|file| (file.clone(), recipe.dir().join(folder).join(file))).collect()
+    for file in files {
+        let path = recipe.dir().join(folder).join(file);
+        add_tree(&mut entries, file, &path, std::fs::symlink_metadata(&path), cancel)?;
+    }
+    if let Action::Copy { from, contents, .. } = &step.action {
+        let path = recipe.dir().join(from);
+        // What is in a folder is named by way of the folder, also by a link to it.
+        let metadata = if *contents { std::fs::metadata(&path) } else { std::fs::symlink_metadata(&path) };
+        add_tree(&mut entries, Path::new(""), &path, metadata, cancel)?;
+    }
+    Ok(entries)
 }
 
-/// What the recipe sets for a step; kiln's own variables come on top.
-pub(super) fn environment(recipe: &Recipe, step: &Step) -> BTreeMap<String, String> {
+fn add_tree(
+    entries: &mut Vec<Entry>,
+    name: &Path,
+    path: &Path,
+    metadata: io::Result<Metadata>,
+    cancel: &Cancel,
+) -> Result<(), Lost> {
+    let lost = |error: io::Error| (path.to_owned(), error);
+    let metadata = metadata.map_err(lost)?;
+    let file_type = metadata.file_type();
+    let kind = if file_type.is_symlink() {
+        Kind::Link(std::fs::read_link(path).map_err(lost)?)
+    } else if file_type.is_dir() {
+        Kind::Folder
+    } else if file_type.is_file() {
+        let (size, sha256) = hash(path, cancel).map_err(lost)?;
+        Kind::File { size, sha256 }
+    } else {
+        return Err(lost(io::Error::other("it is neither a file, a folder nor a link")));
+    };
+    let (name, mode) = (name.to_owned(), metadata.mode() & 0o7777);
+    entries.push(Entry { name: name.clone(), path: path.to_owned(), mode, kind });
+    if file_type.is_dir() {
+        for entry in names(path).map_err(lost)? {
+            let path = path.join(&entry);
+            add_tree(entries, &name.join(&entry), &path, std::fs::symlink_metadata(&path), cancel)?;
+        }
+    }
+    Ok(())
+}
+
+/// The variables of a step's script: what the recipe sets, and kiln's own. Two names differ between recipes that are
+/// alike otherwise, so they are there only for a step that asks for them: by its text, or because other files come with
+/// it, which may.
+fn environment(recipe: &Recipe, step: &Step, text: &[u8], epoch: Option<u64>) -> BTreeMap<String, String> {
     let mut env = recipe.env.clone();
     env.extend(step.env.clone());
     if let Action::Uses { inputs, .. } = &step.action {
         env.extend(inputs.clone());
     }
-    env.insert("KILN_NAME".to_owned(), recipe.name.clone());
-    env.insert("KILN_STEP".to_owned(), step.name.clone());
+    let has_files = !step.action.files().1.is_empty();
+    for (name, value) in [("KILN_NAME", &recipe.name), ("KILN_STEP", &step.name)] {
+        if has_files || contains(text, name) {
+            env.insert(name.to_owned(), value.clone());
+        }
+    }
+    with_facts(env, recipe, epoch)
+}
+
+/// With the variables that every script has.
+pub(super) fn with_facts(
+    mut env: BTreeMap<String, String>,
+    recipe: &Recipe,
+    epoch: Option<u64>,
+) -> BTreeMap<String, String> {
     env.insert("KILN_ARCH".to_owned(), recipe.base.arch.as_str().to_owned());
+    let epoch = || epoch.unwrap_or(DEFAULT_EPOCH).to_string();
+    env.entry("SOURCE_DATE_EPOCH".to_owned()).or_insert_with(epoch);
     env
 }
 
@@ -95,25 +195,24 @@ type Lost = (PathBuf, io::Error);
 const SECRET: [&str; 6] = ["TOKEN", "SECRET", "PASS", "KEY", "CREDENTIAL", "AUTH"];
 
 /// What a step's result depends on, part by part: what is done, its script, its environment, and the files that it takes
-/// in with their names, kinds, modes and bytes. The files' times and places on the host are left out; so is a
-/// `SOURCE_DATE_EPOCH` that nobody set.
-fn parts(
-    recipe: &Recipe,
-    step: &Step,
-    script: Option<&[u8]>,
-    trees: &[(PathBuf, PathBuf)],
-    epoch: Option<u64>,
-    cancel: &Cancel,
-) -> Result<Parts, Lost> {
+/// in with their names, kinds, modes and bytes. The files' times and places on the host are left out: neither gets into
+/// the guest.
+fn parts(step: &Step, script: Option<&Script>, files: &[Entry], epoch: Option<u64>) -> Parts {
     let mut parts = Parts::new();
     let mut add = |name: &str, value: String| drop(parts.insert(name.to_owned(), value));
     match &step.action {
         Action::Copy { to, contents, owner, mode, from } => {
             add("action", if *contents { "copy what is in it" } else { "copy" }.to_owned());
-            add("from", from.file_name().unwrap_or_default().to_string_lossy().into_owned());
+            if !contents {
+                add("from", from.file_name().unwrap_or_default().to_string_lossy().into_owned());
+            }
             add("to", to.clone());
             add("owner", owner.clone().unwrap_or_else(|| "root".to_owned()));
             add("mode", mode.map_or_else(|| "as it is".to_owned(), |mode| format!("{mode:04o}")));
+            // It is the time of what is copied.
+            if let Some(epoch) = epoch {
+                add("SOURCE_DATE_EPOCH", epoch.to_string());
+            }
         }
         Action::Uses { provisioner, .. } => {
             add("action", format!("uses {}", provisioner.name));
@@ -121,70 +220,46 @@ fn parts(
         }
         Action::File { .. } | Action::Inline { .. } => add("action", "script".to_owned()),
     }
-    if let Some(script) = script {
-        add("script", hex(&Sha256::digest(script)));
-        // Names change nothing, unless the script looks at them.
-        let looks_at =
-            |name: &str| !trees.is_empty() || script.windows(name.len()).any(|window| window == name.as_bytes());
-        let unseen = |name: &str| matches!(name, "KILN_NAME" | "KILN_STEP") && !looks_at(name);
-        for (name, value) in environment(recipe, step).into_iter().filter(|(name, _)| !unseen(name)) {
+    if let Some(Script { text, env }) = script {
+        add("script", hex(&Sha256::digest(text)));
+        for (name, value) in env {
             let secret = SECRET.iter().any(|word| name.to_ascii_uppercase().contains(word));
-            let shown = if secret { format!("sha256 {}", hex(&Sha256::digest(&value))) } else { value };
+            let shown = if secret { format!("sha256 {}", hex(&Sha256::digest(value))) } else { value.clone() };
             add(&format!("env {name}"), shown);
         }
     }
-    if let Some(epoch) = epoch {
-        add("SOURCE_DATE_EPOCH", epoch.to_string());
+    for Entry { name, mode, kind, .. } in files {
+        // Names need not be UTF-8: escaped, no two are alike.
+        let escaped = |path: &Path| path.as_os_str().as_bytes().escape_ascii().to_string();
+        let value = match kind {
+            Kind::Folder => format!("folder {mode:o}"),
+            Kind::Link(target) => format!("link to {}", escaped(target)),
+            Kind::File { sha256, .. } => format!("{mode:o} {sha256}"),
+        };
+        add(&format!("file {}", escaped(name)), value);
     }
-    for (name, path) in trees {
-        add_tree(&mut parts, name, path, cancel)?;
-    }
-    Ok(parts)
+    parts
 }
 
-fn add_tree(parts: &mut Parts, name: &Path, path: &Path, cancel: &Cancel) -> Result<(), Lost> {
-    let lost = |error: io::Error| (path.to_owned(), error);
-    let metadata = std::fs::symlink_metadata(path).map_err(lost)?;
-    let kind = metadata.file_type();
-    // Names need not be UTF-8: escaped, no two are alike.
-    let part = format!("file {}", name.as_os_str().as_bytes().escape_ascii());
-    let value = if kind.is_symlink() {
-        format!("link to {}", std::fs::read_link(path).map_err(lost)?.as_os_str().as_bytes().escape_ascii())
-    } else if kind.is_dir() {
-        for entry in names(path).map_err(lost)? {
-            add_tree(parts, &name.join(&entry), &path.join(&entry), cancel)?;
-        }
-        format!("folder {}", mode(&metadata))
-    } else if kind.is_file() {
-        format!("{} {}", mode(&metadata), hash(path, cancel).map_err(lost)?)
-    } else {
-        return Err(lost(io::Error::other("it is neither a file, a folder nor a link")));
-    };
-    parts.insert(part, value);
-    Ok(())
-}
-
-fn hash(path: &Path, cancel: &Cancel) -> io::Result<String> {
+/// The size and SHA-256 of a file.
+fn hash(path: &Path, cancel: &Cancel) -> io::Result<(u64, String)> {
     let mut file = std::fs::File::open(path)?;
-    let mut hasher = Sha256::new();
+    let (mut hasher, mut size) = (Sha256::new(), 0);
     let mut buffer = vec![0; 1 << 18];
     while let n @ 1.. = file.read(&mut buffer)? {
         hasher.update(&buffer[..n]);
+        size += n as u64;
         cancel.check().map_err(io::Error::other)?;
     }
-    Ok(hex(&hasher.finalize()))
+    Ok((size, hex(&hasher.finalize())))
 }
 
 /// The names in a folder, in order.
-pub(super) fn names(folder: &Path) -> io::Result<Vec<std::ffi::OsString>> {
+fn names(folder: &Path) -> io::Result<Vec<std::ffi::OsString>> {
     let entries = std::fs::read_dir(folder)?.map(|entry| Ok(entry?.file_name()));
     let mut names = entries.collect::<io::Result<Vec<_>>>()?;
     names.sort();
     Ok(names)
-}
-
-fn mode(metadata: &Metadata) -> String {
-    format!("{:o}", metadata.mode() & 0o7777)
 }
 
 #[cfg(test)]

@@ -1,30 +1,35 @@
 //! Layers on the way through a build: where it can begin, and what it leaves for the next one.
 //!
 //! After each step the disk is kept, and the guest's memory where taking it up again saves more than keeping it costs. A
-//! build begins at the deepest layer that is there: in its memory, or in the memory of an earlier one whose steps since
-//! then take less time than a boot, or by booting its disk.
+//! build begins at the deepest layer that counts ([`super::found`]): in its memory, or in the memory of an earlier one
+//! whose steps since then take less time than a boot, or by booting its disk. A disk is booted only if the guest had
+//! nothing outside it that a boot would not bring back.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
+use super::found::{Found, found};
 use super::session::{Session, library};
 use super::turns::Turn;
-use super::{disk_failure, guest_failure};
+use super::{disk_failure, guest_failure, now};
 use crate::disk::{Backing, Overlay};
 use crate::error::{Error, Exit};
 use crate::plan::{self, PARENT, Plan};
-use crate::store::{CLAIM_LOOK, Claim, Layer, Lookup, Pending, Record, Store};
+use crate::store::{CLAIM_LOOK, Claim, Layer, Making, Pending, Placed, Record, Store};
 use crate::units::{hex, show_duration};
 use crate::vm::guest::{AGENT, Guest};
 
 /// A memory state is kept where the steps since the last one took at least this long: that is about what it costs.
 const WORTH: Duration = Duration::from_millis(1000);
-/// How many layers may be over each other for another to be added only for its memory. [`Overlay`] has a limit.
-const DEEPEST: usize = 40;
+/// How many overlays may be over the base before they are merged into one: each costs time where a guest reads what none
+/// of them has, and the names of backing files are joined to one path by QEMU.
+const DEEPEST: usize = 16;
 /// How long a guest may take to write out its disk.
 const SYNC_LIMIT: Duration = Duration::from_secs(300);
+/// What is outside the disk after a step that may have changed the kernel's settings.
+const KERNEL_SETTINGS: &str = "settings of the kernel";
 
 /// From where on nothing is taken from the store.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -57,13 +62,17 @@ impl Start {
     }
 }
 
-/// What is kept besides the disk.
+/// What a step left besides its disk.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Keep<'a> {
-    /// Whether the guest's memory is; none: where that saves more than it costs.
+    /// Whether the guest's memory is kept; none: where that saves more than it costs.
     pub(super) memory: Option<bool>,
     /// What the step printed.
     pub(super) log: Option<&'a Path>,
+    /// Whether it may have changed settings of the kernel.
+    pub(super) sets_kernel: bool,
+    /// Whether the guest was booted after it.
+    pub(super) rebooted: bool,
 }
 
 /// The layers of one build.
@@ -74,14 +83,22 @@ pub(super) struct Layers<'a> {
     recipe: &'a str,
     /// The key of memory states of this machine.
     machine: String,
-    /// Held so that nothing removes them: what is behind the guest's disk, the nearest last.
+    /// What the store has of the plan's layers, as far as it counts.
+    found: Found,
+    /// What the guest's disk is over, the nearest last. Held so that nothing removes them.
     held: Vec<Layer>,
+    /// Folders that an overlay of this build is over and that could not be made layers.
+    placed: Vec<Placed>,
+    /// What the guest is made of so far.
+    lineage: Vec<Making>,
+    /// Whether a step since the last boot may have changed settings of the kernel.
+    kernel_set: bool,
+    /// Whether the store takes no more layers.
+    full: bool,
     /// The right to make the next layer.
     claim: Option<Claim>,
     /// How long the work since the last memory state took.
     since_memory: Duration,
-    /// How many layers may be taken from the store; the others are made anew.
-    limit: usize,
 }
 
 impl<'a> Layers<'a> {
@@ -93,10 +110,14 @@ impl<'a> Layers<'a> {
             base,
             recipe,
             machine,
+            found: Found::default(),
             held: Vec::new(),
+            placed: Vec::new(),
+            lineage: Vec::new(),
+            kernel_set: false,
+            full: false,
             claim: None,
             since_memory: Duration::ZERO,
-            limit: 0,
         }
     }
 
@@ -108,7 +129,6 @@ impl<'a> Layers<'a> {
         session: &Session<'_>,
         mut turn: Option<&mut Turn<'_>>,
     ) -> Result<Start, Error> {
-        self.limit = limit;
         let mut start = self.look(limit, session);
         loop {
             self.claim = None;
@@ -120,26 +140,28 @@ impl<'a> Layers<'a> {
                     self.claim = None;
                     self.claim = self.claim(again.done(), session, turn)?;
                 }
+                self.tell(&again, session);
                 return Ok(again);
             }
             start = again;
         }
     }
 
-    /// Finds the layer with this index, or the deepest that is there, and holds it. Nothing is claimed: nothing will be
-    /// kept.
-    pub(super) fn visit(&mut self, index: Option<usize>, session: &Session<'_>) -> Option<Start> {
-        let last = self.plan.layers.len().checked_sub(1)?;
-        let mut wanted = index.map_or(0..=last, |index| index..=index).rev();
-        let (index, held) = wanted.find_map(|index| Some((index, self.chain(&self.plan.layers[index], session)?)))?;
-        self.held = held;
-        let memory = self.held.last()?.memory(&self.machine);
-        Some(Start::Layer { index, memory })
+    /// Finds where to begin for the guest as it is after the layer with this index. Nothing is claimed: nothing will be
+    /// kept. None if that layer is not there.
+    pub(super) fn visit(&mut self, index: usize, session: &Session<'_>) -> Option<Start> {
+        let start = self.look(index + 1, session);
+        (start.done() > index || self.found.layers(index).next().is_some()).then_some(start)
+    }
+
+    /// The index of the deepest layer that is there.
+    pub(super) fn deepest(&self) -> Option<usize> {
+        found(self.store, self.plan, self.plan.layers.len()).deepest()
     }
 
     /// The guest as it was when the held layer was kept, in its memory or booted from its disk.
     pub(super) fn take_up(
-        &self,
+        &mut self,
         index: usize,
         memory: Option<&Path>,
         session: &mut Session<'_>,
@@ -160,7 +182,7 @@ impl<'a> Layers<'a> {
             }
         }
         session.create_overlay(Backing::Overlay(&behind), &[])?;
-        super::Job::boot(session)
+        super::boot(session)
     }
 
     /// Claims the making of the layer with this index, if it can be kept. Another kiln or build that makes it is waited
@@ -198,22 +220,78 @@ impl<'a> Layers<'a> {
     }
 
     fn look(&mut self, limit: usize, session: &Session<'_>) -> Start {
-        let found: Vec<_> = self.plan.layers[..limit].iter().map(|layer| self.chain(layer, session)).collect();
-        let Some(top) = found.iter().rposition(Option::is_some) else { return Start::Base };
-        let with_memory = |index: usize| found[index].as_ref()?.last()?.memory(&self.machine).map(|path| (index, path));
-        let seconds = |index: usize| {
-            let layer = found[index].as_ref().and_then(|chain| chain.last());
-            layer.map_or(f64::INFINITY, |layer| layer.record().seconds)
-        };
-        let resumed = (0..=top).rev().find_map(with_memory);
-        let (index, memory) = match resumed {
-            Some((index, path)) if (index + 1..=top).map(seconds).sum::<f64>() < seconds(0).min(f64::MAX) => {
-                (index, Some(path))
+        self.found = found(self.store, self.plan, limit);
+        for why in self.found.damage() {
+            session.events.warn(why);
+        }
+        loop {
+            let Some((index, chosen)) = self.choose() else {
+                (self.held, self.lineage, self.kernel_set) = (Vec::new(), Vec::new(), false);
+                return Start::Base;
+            };
+            let layer = self.found.take(index, chosen);
+            match self.store.backing(&layer) {
+                Ok(backing) => {
+                    let memory = layer.memory(&self.machine);
+                    self.lineage.clone_from(&layer.record().lineage);
+                    self.kernel_set = memory.is_some() && layer.record().volatile.starts_with(KERNEL_SETTINGS);
+                    self.held = backing;
+                    self.held.push(layer);
+                    return Start::Layer { index, memory };
+                }
+                Err(why) => {
+                    let name = &self.plan.layers[index].name;
+                    session.events.warn(format!("the cached layer of `{name}` can't be used: {why}"));
+                }
             }
-            _ => (top, None),
+        }
+    }
+
+    /// The level where a build begins soonest, and which of its layers it begins with.
+    fn choose(&self) -> Option<(usize, usize)> {
+        let position = |fits: &dyn Fn(&Layer) -> bool| {
+            (0..self.plan.layers.len()).rev().find_map(|index| {
+                let chosen = self.found.layers(index).position(fits)?;
+                Some((index, chosen))
+            })
         };
-        self.held = found.into_iter().nth(index).flatten().unwrap_or_default();
-        Start::Layer { index, memory }
+        let resumed = position(&|layer| layer.memory(&self.machine).is_some());
+        let booted = position(&|layer| layer.record().volatile.is_empty());
+        match (resumed, booted) {
+            (Some(resumed), Some(booted)) if self.seconds(resumed.0 + 1, booted.0) < self.boot_seconds() => {
+                Some(resumed)
+            }
+            (Some(resumed), None) => Some(resumed),
+            (_, booted) => booted,
+        }
+    }
+
+    /// How long the steps of these levels took, the last included.
+    fn seconds(&self, from: usize, last: usize) -> f64 {
+        let seconds =
+            |index| self.found.layers(index).next().map_or(f64::INFINITY, |layer: &Layer| layer.record().seconds);
+        (from..=last).map(seconds).sum()
+    }
+
+    fn boot_seconds(&self) -> f64 {
+        self.seconds(0, 0).min(f64::MAX)
+    }
+
+    /// Says why the build goes back to an earlier layer than the last that is there, where that takes long.
+    fn tell(&self, start: &Start, session: &Session<'_>) {
+        let Some(deepest) = self.found.deepest() else { return };
+        let Some(layer) = self.found.layers(deepest).next() else { return };
+        if start.done() > deepest || self.seconds(start.done(), deepest) < WORTH.as_secs_f64() {
+            return;
+        }
+        let (name, volatile) = (&self.plan.layers[deepest].name, &layer.record().volatile);
+        let back = match start {
+            Start::Base => "the base".to_owned(),
+            Start::Layer { index, .. } => format!("`{}`", self.plan.layers[*index].name),
+        };
+        session.events.note(format!(
+            "going back to {back}: what `{name}` left outside the disk ({volatile}) is in no memory that this machine can take"
+        ));
     }
 
     /// The disk that a new overlay goes over, as the overlay names it.
@@ -226,17 +304,29 @@ impl<'a> Layers<'a> {
         self.held.iter().map(Layer::disk).collect()
     }
 
+    /// What the guest is made of.
+    pub(super) fn lineage(&self) -> &[Making] {
+        &self.lineage
+    }
+
     /// Brings what a kept step printed to `log`; `false` if that is not known any more.
     pub(super) fn bring_log(&self, index: usize, log: &Path) -> bool {
-        match self.store.layer(&self.plan.layers[index].key) {
-            Lookup::Hit(layer) => std::fs::copy(layer.log(), log).is_ok(),
-            Lookup::Miss | Lookup::Damaged(_) => false,
-        }
+        let held = self.held.iter().filter(|layer| layer.record().key == self.plan.layers[index].key);
+        let same = |layer: &&Layer| layer.making() == self.lineage.get(index);
+        let layers = held.chain(self.found.layers(index)).filter(same);
+        layers.into_iter().any(|layer| std::fs::copy(layer.log(), log).is_ok())
     }
 
     /// Whether the guest of the layer where the build begins has its network.
     pub(super) fn network_up(&self) -> bool {
         self.held.last().is_some_and(|layer| layer.record().network_up)
+    }
+
+    /// The layers at this level that are of the guest's own making so far.
+    fn kept(&self, index: usize) -> impl Iterator<Item = &Layer> {
+        let same =
+            move |layer: &&Layer| layer.record().lineage.split_last().is_some_and(|(_, rest)| rest == self.lineage);
+        self.found.layers(index).filter(same)
     }
 
     /// Keeps the layer with this index, which took so long: the guest goes on in a new overlay.
@@ -249,21 +339,27 @@ impl<'a> Layers<'a> {
         guest: &mut Guest,
     ) -> Result<(), Error> {
         self.since_memory += took;
+        self.kernel_set = !what.rebooted && (self.kernel_set || what.sets_kernel);
         let layer = &self.plan.layers[index];
         if !layer.cached {
             return Ok(());
         }
         let with_memory = guest.savable && what.memory.unwrap_or(self.since_memory >= WORTH);
-        // One whose disk was booted, because its memory is another machine's, is kept again with this one's.
-        if index < self.limit
-            && let Lookup::Hit(kept) = self.store.layer_for(&layer.key, &self.machine)
-            && (!with_memory || kept.memory(&self.machine).is_some())
-        {
-            self.claim = self.claim(index + 1, session, None)?;
-            return Ok(());
+        // A step that ran because it takes less time than what could be taken instead is no new making of its layer. One
+        // whose memory is another machine's is kept again with this one's.
+        let (serial, making) = match self.kept(index).next() {
+            Some(kept) => (kept.record().serial, kept.making().cloned()),
+            None => (0, None),
+        };
+        let is_kept = self.kept(index).any(|kept| !with_memory || kept.memory(&self.machine).is_some());
+        self.lineage.push(match making {
+            Some(making) => making,
+            None => Making { id: random_id()?, made: now() },
+        });
+        if !is_kept {
+            let record = self.record(layer, serial, took, session.network_up);
+            self.write(index, record, with_memory, what.log, session, guest)?;
         }
-        let record = self.record(layer, took, session.network_up);
-        self.write(index, record, with_memory, what.log, session, guest)?;
         // The next one is claimed before this one can be found, so that nobody comes in between.
         self.claim = self.claim(index + 1, session, None)?;
         Ok(())
@@ -276,13 +372,13 @@ impl<'a> Layers<'a> {
         session: &mut Session<'_>,
         guest: &mut Guest,
     ) -> Result<(), Error> {
-        let few = self.held.len() < DEEPEST;
-        let Some(held) = self.held.last().filter(|_| guest.savable && few) else { return Ok(()) };
+        let Some(held) = self.held.last().filter(|_| guest.savable) else { return Ok(()) };
         let log = held.log();
         let record = Record { backing: Some(held.id()), network_up: session.network_up, ..held.record().clone() };
         self.write(index, record, true, log.exists().then_some(log.as_path()), session, guest)
     }
 
+    /// Writes a layer. That the store has no room for it costs the layer, not the build.
     fn write(
         &mut self,
         index: usize,
@@ -292,50 +388,92 @@ impl<'a> Layers<'a> {
         session: &mut Session<'_>,
         guest: &mut Guest,
     ) -> Result<(), Error> {
+        if self.full {
+            return Ok(());
+        }
         let layer = &self.plan.layers[index];
-        let pending = Pending::begin(session.scratch, &layer.key)?;
-        guest.sync(SYNC_LIMIT).map_err(guest_failure)?;
+        let left = guest.sync(SYNC_LIMIT).map_err(guest_failure)?;
+        let kernel = self.kernel_set.then(|| KERNEL_SETTINGS.to_owned());
+        let volatile: Vec<_> = kernel.into_iter().chain((!left.is_empty()).then_some(left)).collect();
+        let record = Record { volatile: volatile.join("; "), ..record };
+        let not_kept = |this: &mut Self, session: &Session<'_>, error: &Error| {
+            this.full = true;
+            let name = &layer.name;
+            session.events.warn(format!("`{name}` and what follows is not kept: {}", error.message));
+        };
+        let begun = Pending::begin(session.scratch, &layer.key)
+            .map_err(|error| Error::io("cannot write to the cache", &error))
+            .and_then(|pending| {
+                let backing = relative(pending.id());
+                let size = self.plan.disk_size.bytes();
+                Overlay::create(&session.following_overlay(), size, Backing::Overlay(&backing), &[])
+                    .map_err(disk_failure)?;
+                Ok(pending)
+            });
+        let pending = match begun {
+            Ok(pending) => pending,
+            Err(error) => {
+                not_kept(self, session, &error);
+                return Ok(());
+            }
+        };
         let (old, fresh) = session.next_overlay();
-        Overlay::create(&fresh, self.plan.disk_size.bytes(), Backing::Overlay(&relative(pending.id())), &[])
-            .map_err(disk_failure)?;
         let memory = with_memory.then(|| pending.memory(&self.machine));
         let saved =
             guest.checkpoint(session.nodes(), &fresh, memory.as_deref(), session.scratch).map_err(guest_failure)?;
         std::fs::rename(&old, pending.disk()).map_err(|error| Error::io("cannot keep a layer", &error))?;
-        if let Some(log) = log {
-            std::fs::copy(log, pending.log()).map_err(|error| Error::io("cannot keep a step's log", &error))?;
-        }
         let machines: Vec<_> = memory.iter().map(|_| self.machine.clone()).collect();
-        let kept = pending.commit(self.store, record, &machines)?;
-        session.events.detail(format!(
-            "kept `{}`{}: the guest stood still for {}",
-            layer.name,
-            if with_memory { " with its memory" } else { "" },
-            show_duration(saved.took)
-        ));
-        self.held.push(*kept);
-        if with_memory {
-            self.since_memory = Duration::ZERO;
+        let fill = || -> Result<Record, Error> {
+            if let Some(log) = log {
+                std::fs::copy(log, pending.log()).map_err(|error| Error::io("cannot keep a step's log", &error))?;
+            }
+            saved.memory.map_err(|error| Error::io("cannot keep the guest's memory", &error))?;
+            Ok(record)
+        };
+        let filled = fill();
+        if filled.is_err() {
+            // Room for what the guest goes on to write.
+            let _ = memory.as_deref().map(std::fs::remove_file);
+        }
+        let placed = pending.place(self.store)?;
+        let committed = match filled {
+            Ok(record) => placed.commit(self.store, record, &machines),
+            Err(error) => Err((error, placed)),
+        };
+        match committed {
+            Ok(kept) => {
+                session.events.detail(format!(
+                    "kept `{}`{}: the guest stood still for {}{}",
+                    layer.name,
+                    if with_memory { " with its memory" } else { "" },
+                    show_duration(saved.took),
+                    if kept.record().volatile.is_empty() {
+                        String::new()
+                    } else {
+                        format!("; outside its disk: {}", kept.record().volatile)
+                    },
+                ));
+                self.held.push(kept);
+                if with_memory {
+                    self.since_memory = Duration::ZERO;
+                }
+            }
+            Err((error, placed)) => {
+                not_kept(self, session, &error);
+                self.placed.push(placed);
+            }
         }
         Ok(())
     }
 
-    /// The layers that a layer consists of, itself last; none if it, or one of them, isn't there or isn't whole.
-    fn chain(&self, layer: &plan::Layer, session: &Session<'_>) -> Option<Vec<Layer>> {
-        if !layer.cached {
-            return None;
-        }
-        self.store.chain(&layer.key, Some(&self.machine)).unwrap_or_else(|why| {
-            session.events.warn(format!("the cached layer of `{}` can't be used: {why}", layer.name));
-            None
-        })
-    }
-
-    fn record(&self, layer: &plan::Layer, took: Duration, network_up: bool) -> Record {
+    fn record(&self, layer: &plan::Layer, serial: u64, took: Duration, network_up: bool) -> Record {
         Record {
             format: 0,
             key: layer.key.clone(),
             parent: layer.parts.get(PARENT).cloned(),
+            serial,
+            lineage: self.lineage.clone(),
+            volatile: String::new(),
             backing: self.held.last().map(Layer::id),
             base: self.base.to_owned(),
             name: layer.name.clone(),
@@ -347,40 +485,8 @@ impl<'a> Layers<'a> {
     }
 }
 
-/// What a build will do about a layer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outlook {
-    /// It is there, and is taken.
-    Kept,
-    /// It is made anew, for these reasons.
-    Made(Vec<String>),
-}
-
-/// For each layer of the plan, whether it is there; and if it isn't, how it differs from the one that was made last in
-/// its place.
-#[must_use]
-pub fn outlook(plan: &Plan, store: &Store) -> Vec<Outlook> {
-    let mut changed = false;
-    let mut outlooks = Vec::new();
-    for layer in &plan.layers {
-        let made = |why: String| Outlook::Made(vec![why]);
-        let outlook = match store.layer(&layer.key) {
-            _ if !layer.cached => made("it always runs, or follows a step that does".to_owned()),
-            Lookup::Hit(_) => Outlook::Kept,
-            Lookup::Damaged(why) => made(format!("what was kept can't be used: {why}")),
-            Lookup::Miss if changed => made("it follows a step that is made anew".to_owned()),
-            Lookup::Miss => {
-                let parent = layer.parts.get(PARENT).map(String::as_str);
-                Outlook::Made(match store.children(parent, plan.base()).into_iter().next() {
-                    Some(last) => plan::differences(&last.parts, &layer.parts),
-                    None => vec!["nothing was kept in its place".to_owned()],
-                })
-            }
-        };
-        changed |= outlook != Outlook::Kept;
-        outlooks.push(outlook);
-    }
-    outlooks
+fn random_id() -> Result<String, Error> {
+    crate::vm::guest::random_id().map_err(guest_failure)
 }
 
 /// A layer's disk, as seen from a scratch folder and from another layer.

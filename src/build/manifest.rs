@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::uefi_data;
 use crate::error::{Error, Exit};
 use crate::recipe::{DiskFormat, Ebs, Encryption, Recipe, Tpm, Via, Volume};
+use crate::store::Making;
 
 /// The version of this format. A change that breaks readers raises it.
 pub const SCHEMA: u32 = 1;
@@ -53,6 +54,10 @@ pub struct Manifest {
     pub tools: BTreeMap<String, String>,
     /// How the guest ran.
     pub guest: GuestFacts,
+    /// The runs of the boot and of the steps that it was made of, up to the first that is never kept. Early manifests
+    /// don't have it.
+    #[serde(default)]
+    pub lineage: Vec<Making>,
     /// The steps, in order.
     pub steps: Vec<StepFacts>,
     /// Seconds per phase, in order.

@@ -4,6 +4,7 @@ mod archive;
 mod export;
 mod failure;
 mod finished;
+mod found;
 mod inputs;
 mod layers;
 mod log;
@@ -42,8 +43,9 @@ use crate::vm::spec::Accelerator;
 use export::{Early, Export};
 pub(crate) use failure::{disk_failure, guest_failure};
 use finished::{artifact_key, finished};
+pub use found::{Outlook, kept, outlook};
 use inputs::Inputs;
-pub use layers::{Fresh, Outlook, outlook};
+pub use layers::Fresh;
 use layers::{Keep, Layers, Start};
 use manifest::{DISK, GuestFacts, Manifest, PublishFacts, SCHEMA, StepFacts, TestFacts};
 use many::Beside;
@@ -51,7 +53,7 @@ use output::Pending;
 use record::Recorder;
 use session::Session;
 pub use shell::{ShellRequest, Visitor, shell};
-use steps::Epoch;
+use steps::Logs;
 pub use verify::check_disk;
 
 /// Room that a build takes beside the base's own data: the overlay's growth and the logs.
@@ -143,6 +145,7 @@ fn build_recipe(
     let session = Session {
         recipe,
         plan: &plan,
+        root: &root,
         host: &host,
         accelerator,
         scratch: scratch.path(),
@@ -155,7 +158,7 @@ fn build_recipe(
         network_up: false,
         keyboard: false,
     };
-    let job = Job { request, base: &base, store, root, growth, inputs, publish, recorder: &recorder };
+    let job = Job { request, base: &base, store, growth, inputs, publish, recorder: &recorder };
     let alone = beside.is_none();
     match job.run(session, &pending, beside) {
         Ok(manifest) => {
@@ -367,8 +370,6 @@ struct Job<'a> {
     request: &'a Request,
     base: &'a Imported,
     store: &'a Store,
-    /// The kernel's `root=`.
-    root: String,
     growth: Growth,
     inputs: &'a [Inputs],
     publish: PublishFacts,
@@ -383,7 +384,7 @@ impl Job<'_> {
         mut beside: Option<Beside<'_>>,
     ) -> Result<Manifest, Error> {
         let events = session.events;
-        let machine = layers::machine_key(&session, &session.shape(&self.root));
+        let machine = layers::machine_key(&session, &session.shape());
         let mut layers = Layers::new(self.store, &session, &self.base.sha256, machine);
         let turn = beside.as_mut().map(|beside| &mut beside.turn);
         let start = layers.start(fresh_from(&self.request.fresh, session.plan)?, &session, turn)?;
@@ -394,11 +395,11 @@ impl Job<'_> {
         session.give_network(&mut guest)?;
 
         let mut done = self.cached_steps(&session, &layers, start.done(), pending);
-        let given = self.request.source_date_epoch;
-        let epoch = Epoch { seconds: given.unwrap_or_else(now), given: given.is_some() };
+        let time = self.request.source_date_epoch.unwrap_or_else(now);
+        let logs = Logs { folder: pending.path(), after_failure: Some(pending.after_failure()) };
         for index in done.len()..session.recipe.steps.len() {
             let started = Instant::now();
-            let step = steps::run(&session, &mut guest, index, &self.inputs[index], pending, epoch);
+            let step = steps::run(&session, &mut guest, index, &self.inputs[index], &logs, time);
             done.push(step.map_err(|error| {
                 if self.request.keep_on_error && error.exit == Exit::Step {
                     // What the step wrote is still in the guest's memory. If it can't be had, its disk is as it is.
@@ -406,14 +407,16 @@ impl Job<'_> {
                 }
                 failure::with_shell(error, self.request, session.plan, index)
             })?);
-            if session.recipe.steps[index].reboot {
-                guest = Self::reboot(&mut session, guest)?;
+            let rebooted = session.recipe.steps[index].reboot;
+            if rebooted {
+                guest = reboot(&mut session, guest)?;
                 session.give_network(&mut guest)?;
             }
             let step = &session.recipe.steps[index];
             let log = pending.path().join(steps::log_name(index, step));
             let shared = beside.as_ref().is_some_and(|beside| beside.go_on_from(&session.plan.layers[index + 1].key));
-            let keep = Keep { memory: step.checkpoint.or(shared.then_some(true)), log: Some(&log) };
+            let (memory, sets_kernel) = (step.checkpoint.or(shared.then_some(true)), self.inputs[index].sets_kernel);
+            let keep = Keep { memory, log: Some(&log), sets_kernel, rebooted };
             layers.keep(index + 1, started.elapsed(), keep, &mut session, &mut guest)?;
         }
         let packages = events.phase("seal", "sealing the disk", |_| String::new(), || seal(&mut session, guest))?;
@@ -423,7 +426,7 @@ impl Job<'_> {
             verify::sum(&image, events, session.cancel)
         });
         let sha256 = sha256.transpose()?;
-        let manifest = Manifest { sha256, ..self.manifest(&session, &exported, done, packages)? };
+        let manifest = Manifest { sha256, ..self.manifest(&session, &exported, &layers, done, packages)? };
         manifest.write(&pending.path())?;
         Ok(manifest)
     }
@@ -439,17 +442,11 @@ impl Job<'_> {
             }
             return Ok(guest);
         }
-        let base = Path::new("../../bases").join(&self.base.sha256).join("disk.raw");
-        session.create_overlay(Backing::Raw(&base), &self.growth.patches)?;
         let started = Instant::now();
-        let mut guest = Self::boot(session)?;
-        if self.growth.grows {
-            session.own(&mut guest, "the larger root filesystem", &["kiln_grow"], &BTreeMap::new())?;
-        }
-        // Before the layer is kept, so that whoever takes it up has it already.
-        session.give_network(&mut guest)?;
+        let mut guest = begin_at_base(session, &self.base.sha256, &self.growth)?;
         // Nothing is worth keeping more than a boot.
-        layers.keep(0, started.elapsed(), Keep { memory: Some(true), log: None }, session, &mut guest)?;
+        let keep = Keep { memory: Some(true), log: None, sets_kernel: false, rebooted: true };
+        layers.keep(0, started.elapsed(), keep, session, &mut guest)?;
         Ok(guest)
     }
 
@@ -477,31 +474,11 @@ impl Job<'_> {
         steps.enumerate().map(facts).collect()
     }
 
-    fn boot(session: &mut Session<'_>) -> Result<Guest, Error> {
-        let way = session.plan.boot.as_str();
-        let how = format!("booting the guest ({way}, {})", session.accelerator.as_str());
-        let outcome = format!("{way}, {}", session.accelerator.as_str());
-        session.events.phase("boot", how, |_| outcome, || session.boot())
-    }
-
-    fn reboot(session: &mut Session<'_>, mut guest: Guest) -> Result<Guest, Error> {
-        let events = session.events;
-        events.phase(
-            "halt",
-            "shutting the guest down for a reboot",
-            |()| String::new(),
-            || {
-                session.network_down(&mut guest)?;
-                guest.halt(Duration::from_secs(180)).map_err(guest_failure)
-            },
-        )?;
-        Self::boot(session)
-    }
-
     fn manifest(
         &self,
         session: &Session<'_>,
         export: &Export,
+        layers: &Layers<'_>,
         steps: Vec<StepFacts>,
         packages: Vec<String>,
     ) -> Result<Manifest, Error> {
@@ -549,6 +526,7 @@ impl Job<'_> {
                 memory: recipe.machine.memory.bytes(),
                 network: recipe.machine.network.as_str().to_owned(),
             },
+            lineage: layers.lineage().to_vec(),
             steps,
             phases: self.recorder.phases(),
             packages: export.packages.clone().unwrap_or(packages),
@@ -556,6 +534,41 @@ impl Job<'_> {
             publish: self.publish.clone(),
         })
     }
+}
+
+/// The guest of the base, with the size and the network that the recipe wants.
+fn begin_at_base(session: &mut Session<'_>, base: &str, growth: &Growth) -> Result<Guest, Error> {
+    session.create_overlay(Backing::Raw(&store::base_from_work(base)), &growth.patches)?;
+    let mut guest = boot(session)?;
+    if growth.grows {
+        session.own(&mut guest, "the larger root filesystem", &["kiln_grow"], &BTreeMap::new())?;
+    }
+    // Before the layer is kept, so that it is there when the guest is taken up.
+    session.give_network(&mut guest)?;
+    Ok(guest)
+}
+
+/// Starts the guest by the way that the plan has chosen.
+fn boot(session: &mut Session<'_>) -> Result<Guest, Error> {
+    let way = session.plan.boot.as_str();
+    let how = format!("booting the guest ({way}, {})", session.accelerator.as_str());
+    let outcome = format!("{way}, {}", session.accelerator.as_str());
+    session.events.phase("boot", how, |_| outcome, || session.boot())
+}
+
+/// Shuts the guest down in order and starts it again.
+fn reboot(session: &mut Session<'_>, mut guest: Guest) -> Result<Guest, Error> {
+    let events = session.events;
+    events.phase(
+        "halt",
+        "shutting the guest down for a reboot",
+        |()| String::new(),
+        || {
+            session.network_down(&mut guest)?;
+            guest.halt(Duration::from_secs(180)).map_err(guest_failure)
+        },
+    )?;
+    boot(session)
 }
 
 /// Takes away what the build left and what instances must not share, then stops the guest with its disk clean. The

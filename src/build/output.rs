@@ -47,9 +47,9 @@ impl Pending {
         self.scratch.path().join("new")
     }
 
-    /// Where a file of the output will be found if the build fails.
-    pub(super) fn after_failure(&self, file: &str) -> PathBuf {
-        self.failed.join(file)
+    /// Where files of the output will be found if the build fails.
+    pub(super) fn after_failure(&self) -> PathBuf {
+        self.failed.clone()
     }
 
     /// Gives the folder its name, in place of one that was there before.

@@ -61,6 +61,8 @@ const PACKAGES_END: &str = "kiln: end of packages";
 pub(super) struct Session<'a> {
     pub(super) recipe: &'a Recipe,
     pub(super) plan: &'a Plan,
+    /// The kernel's `root=` on the base.
+    pub(super) root: &'a str,
     pub(super) host: &'a Host,
     pub(super) accelerator: Accelerator,
     pub(super) scratch: &'a Path,
@@ -89,6 +91,11 @@ impl Session<'_> {
         let _ = std::fs::remove_file(self.overlay());
         let size = self.plan.disk_size.bytes();
         Overlay::create(&self.overlay(), size, backing, patches).map_err(super::disk_failure)
+    }
+
+    /// Where the overlay after the present one will be.
+    pub(super) fn following_overlay(&self) -> PathBuf {
+        self.scratch.join(format!("overlay-{}.qcow2", self.overlays + 1))
     }
 
     /// The overlay that the guest writes to now, and the one that it will go on in.
@@ -173,9 +180,11 @@ impl Session<'_> {
     }
 
     /// The machine's arguments without names of files: see [`Spec::shape`].
-    pub(super) fn shape(&self, root: &str) -> String {
+    pub(super) fn shape(&self) -> String {
         let boot = match &self.plan.boot {
-            BootPath::Direct => Boot::Direct { kernel: PathBuf::new(), initrd: None, command_line: command_line(root) },
+            BootPath::Direct => {
+                Boot::Direct { kernel: PathBuf::new(), initrd: None, command_line: command_line(self.root) }
+            }
             BootPath::Firmware { .. } => Boot::Bios,
         };
         self.spec_with(boot, MemoryState::Savable(PathBuf::new())).shape()
@@ -186,6 +195,7 @@ impl Session<'_> {
         let failed = |error: std::io::Error| Error::io("cannot write the guest's drives", &error);
         Guest::write_agent_drive(&file("agent"), &library()).map_err(failed)?;
         let boot = match &self.plan.boot {
+            BootPath::Direct if matches!(memory_state, MemoryState::Restored(_)) => self.unbooted().map_err(failed)?,
             BootPath::Direct => self.direct()?,
             BootPath::Firmware { .. } => {
                 seed::write(&file("seed"), self.boots).map_err(failed)?;
@@ -230,6 +240,15 @@ impl Session<'_> {
         }
         self.events.detail(format!("kernel {} with {}", files.kernel_path, files.root));
         Ok(Boot::Direct { kernel, initrd, command_line: command_line(&files.root) })
+    }
+
+    /// For a guest whose kernel runs already. Its QEMU must have one to load all the same, or it would have other devices,
+    /// and it loads anything as one of the oldest format: a header of zeros and as many sectors as that announces (`x86_load_linux`
+    /// in QEMU's hw/i386/x86-common.c). The disk may have none any more.
+    fn unbooted(&self) -> std::io::Result<Boot> {
+        let kernel = self.scratch.join("no-kernel");
+        fs_err::write(&kernel, [0; 8192])?;
+        Ok(Boot::Direct { kernel, initrd: None, command_line: command_line(self.root) })
     }
 
     /// BIOS if the disk has a boot sector for it, else UEFI.

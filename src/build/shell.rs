@@ -1,19 +1,19 @@
-//! A shell in the build guest as a kept layer has it. The guest writes to an overlay that is thrown away.
+//! A shell in the build guest as it is after a step that is kept: as the next step meets it. Where only the disk was kept,
+//! and that is not all, the steps since an earlier layer run once more. The guest writes to an overlay that is thrown away.
 
 use std::any::Any;
 use std::collections::BTreeMap;
-use std::fs::Permissions;
-use std::io::{self, Read};
-use std::os::unix::fs::PermissionsExt;
+use std::io::Read;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::archive::Script;
+use super::archive::{Look, Script};
 use super::layers::{Layers, Start, machine_key};
 use super::log::Answer;
 use super::session::Session;
-use super::{find_host, guest_failure, import_base, inputs, make_plan, now, read_recipe};
+use super::steps::{self, Logs};
+use super::{begin_at_base, find_host, guest_failure, import_base, inputs, make_plan, now, read_recipe, reboot};
 use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
 use crate::event::Events;
@@ -86,12 +86,13 @@ pub fn shell(
     let programs = (&request.qemu, &request.qemu_img);
     let (host, accelerator) = find_host(request.accelerator, programs, store, events, cancel)?;
     let base = import_base(&recipe, &host, store, events, cancel)?;
-    let (plan, root, _) = make_plan(&recipe, &base, &inputs)?;
+    let (plan, root, growth) = make_plan(&recipe, &base, &inputs)?;
     let wanted = request.at.as_deref().map(|at| layer_at(at, &plan)).transpose()?;
     let scratch = store.scratch()?;
     let mut session = Session {
         recipe: &recipe,
         plan: &plan,
+        root: &root,
         host: &host,
         accelerator,
         scratch: scratch.path(),
@@ -104,14 +105,30 @@ pub fn shell(
         network_up: false,
         keyboard: matches!(visitor, Visitor::Person { .. }),
     };
-    let machine = machine_key(&session, &session.shape(&root));
-    // Held until the end, so that nobody removes what the guest reads.
+    let machine = machine_key(&session, &session.shape());
+    // Held until the end, so that nothing removes what the guest reads.
     let mut layers = Layers::new(store, &session, &base.sha256, machine);
-    let Some(Start::Layer { index, memory }) = layers.visit(wanted, &session) else {
+    let index = wanted.or_else(|| layers.deepest());
+    let visit = index.and_then(|index| Some((index, layers.visit(index, &session)?)));
+    let Some((index, start)) = visit else {
         return Err(not_kept(wanted, &plan, request));
     };
-    let mut guest = layers.take_up(index, memory.as_deref(), &mut session)?;
+    let mut guest = match &start {
+        Start::Layer { index, memory } => layers.take_up(*index, memory.as_deref(), &mut session)?,
+        Start::Base => begin_at_base(&mut session, &base.sha256, &growth)?,
+    };
     session.give_network(&mut guest)?;
+    let time = request.source_date_epoch.unwrap_or_else(now);
+    let logs = Logs { folder: scratch.path().to_owned(), after_failure: None };
+    fs_err::create_dir(scratch.path().join("steps")).map_err(|error| Error::io("cannot write to the cache", &error))?;
+    let first = start.done().saturating_sub(1);
+    for (step, inputs) in inputs.iter().enumerate().take(index).skip(first) {
+        steps::run(&session, &mut guest, step, inputs, &logs, time)?;
+        if recipe.steps[step].reboot {
+            guest = reboot(&mut session, guest)?;
+            session.give_network(&mut guest)?;
+        }
+    }
     let env = environment(&recipe, request.source_date_epoch);
     let at = place_in_words(index, &recipe, &plan);
     match visitor {
@@ -136,9 +153,7 @@ fn environment(recipe: &Recipe, epoch: Option<u64>) -> BTreeMap<String, String> 
     let mut env = recipe.env.clone();
     env.insert("KILN_NAME".to_owned(), recipe.name.clone());
     env.insert("KILN_STEP".to_owned(), "shell".to_owned());
-    env.insert("KILN_ARCH".to_owned(), recipe.base.arch.as_str().to_owned());
-    env.entry("SOURCE_DATE_EPOCH".to_owned()).or_insert_with(|| epoch.unwrap_or_else(now).to_string());
-    env
+    inputs::with_facts(env, recipe, epoch)
 }
 
 /// With what a person's terminal is like.
@@ -197,14 +212,9 @@ fn run_script(
     env: &BTreeMap<String, String>,
     output: Mirror,
 ) -> Result<(), Error> {
-    let failed = |error: io::Error| Error::io("cannot write the guest's drives", &error);
-    let path = session.scratch.join("script");
-    fs_err::write(&path, text).map_err(failed)?;
-    fs_err::set_permissions(&path, Permissions::from_mode(0o755)).map_err(failed)?;
     let interpreter = if text.starts_with(b"#!") { "" } else { "sh -eu " };
     let wrapper = format!("script=$PWD/script\ncd /root\nexec {interpreter}\"$script\"\n");
-    let files = [(PathBuf::from("script"), path)];
-    let script = Script { text: wrapper.as_bytes(), env, files: &files, texts: &[] };
+    let script = Script { text: wrapper.as_bytes(), env, files: &[], texts: &[("script", text)] };
     let ended = send(session, guest, &script, Box::new(Shown(output)))?.map_err(guest_failure)?;
     match ended.status {
         0 => Ok(()),
@@ -243,9 +253,9 @@ fn send(
 ) -> Result<Result<Ended, vm::Error>, Error> {
     let folder = guest.fresh_folder();
     let archive = script
-        .archive(session.scratch, &folder)
+        .archive(session.scratch, &folder, &Look::plain(session.cancel))
         .map_err(|error| Error::io("cannot write the guest's drives", &error))?;
-    Ok(guest.run("the shell", archive, &folder, false, sink, A_MONTH))
+    Ok(guest.run("the shell", archive, (&folder, ""), false, sink, A_MONTH))
 }
 
 /// Shows what the commands print as it comes.

@@ -1,15 +1,14 @@
 //! One step: what goes into the guest for it, and what its end means.
 
-use std::collections::BTreeMap;
 #[cfg(test)]
 use std::path::Path;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use super::archive::{Copy, Script};
-use super::inputs::{self, Inputs};
+use super::archive::{Copy, Look, Script};
+use super::inputs::Inputs;
 use super::log::{Seen, StepLog};
 use super::manifest::StepFacts;
-use super::output::Pending;
 use super::session::Session;
 use crate::error::{Error, Exit};
 use crate::event::Event;
@@ -20,23 +19,22 @@ use crate::{provisioners, units, vm};
 /// How long a step may take unless the recipe says otherwise.
 const LIMIT: Duration = Duration::from_mins(30);
 
-/// The time that steps are told as `SOURCE_DATE_EPOCH`.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Epoch {
-    /// Seconds since 1970.
-    pub(super) seconds: u64,
-    /// The user gave it, so that copied files are not newer; otherwise it is when the build began.
-    pub(super) given: bool,
+/// Where steps' logs go.
+pub(super) struct Logs {
+    /// Where they are written.
+    pub(super) folder: PathBuf,
+    /// Where they will be found if the build fails; none: they are gone then.
+    pub(super) after_failure: Option<PathBuf>,
 }
 
-/// Runs step `index` (from 0).
+/// Runs step `index` (from 0). What it takes in was changed at `time`, in seconds since 1970.
 pub(super) fn run(
     session: &Session<'_>,
     guest: &mut Guest,
     index: usize,
     inputs: &Inputs,
-    pending: &Pending,
-    epoch: Epoch,
+    logs: &Logs,
+    time: u64,
 ) -> Result<StepFacts, Error> {
     let recipe = session.recipe;
     let step = &recipe.steps[index];
@@ -45,14 +43,19 @@ pub(super) fn run(
     let log = log_name(index, step);
     let started = Instant::now();
     let io_failed = |error: std::io::Error| Error::io("cannot write the step's log", &error);
-    let (sink, seen) = StepLog::open(&pending.path().join(&log), Some(session.events.clone())).map_err(io_failed)?;
+    let (sink, seen) = StepLog::open(&logs.folder.join(&log), Some(session.events.clone())).map_err(io_failed)?;
+    // A step sees the name of its folder, so that is the same in every build. No two steps have one.
+    let folder = format!("step-{}", &session.plan.layers[index + 1].key[..12]);
     let limit = step.timeout.or(recipe.machine.timeout).unwrap_or(LIMIT);
-    let result = send(session, guest, step, inputs, epoch, sink, limit)?;
+    let result = send(session, guest, (step, &folder), inputs, time, sink, limit)?;
     if let Some(error) = seen.failure() {
         return Err(Error::io("cannot write the step's log", &error));
     }
     judge(recipe, step, result, limit, &seen).map_err(|error| match error.exit {
-        Exit::Step | Exit::TimedOut => error.log(pending.after_failure(&log)),
+        Exit::Step | Exit::TimedOut => match &logs.after_failure {
+            Some(folder) => error.log(folder.join(&log)),
+            None => error,
+        },
         _ => error,
     })?;
     let took = started.elapsed();
@@ -66,13 +69,13 @@ pub(super) fn run(
     })
 }
 
-/// Sends what the step takes in, and waits for its end.
+/// Sends what the step takes in, and waits for its end. A script runs in `folder`.
 fn send(
     session: &Session<'_>,
     guest: &mut Guest,
-    step: &Step,
+    (step, folder): (&Step, &str),
     inputs: &Inputs,
-    epoch: Epoch,
+    time: u64,
     sink: Box<StepLog>,
     limit: Duration,
 ) -> Result<Result<Ended, vm::Error>, Error> {
@@ -82,27 +85,34 @@ fn send(
         if let Err(cancelled) = session.cancel.check() {
             return cancelled.into();
         }
-        let failed = Error::io(format!("cannot read what {what} takes in"), &error);
-        if failed.help.is_some() { failed } else { failed.at(recipe.place(&step.value_span)) }
+        let failed = Error::io(format!("cannot send what {what} takes in"), &error);
+        if failed.help.is_some() {
+            return failed;
+        }
+        let failed = Error { exit: Exit::Input, ..failed };
+        failed.at(recipe.place(&step.value_span)).help("build again, and leave alone what the recipe names meanwhile")
     };
-    if let Action::Copy { from, to, contents, owner, mode } = &step.action {
-        let owner = split_owner(owner.as_deref());
-        let latest = epoch.given.then_some(epoch.seconds);
-        let (from, cancel) = (recipe.dir().join(from), session.cancel);
-        let copy = Copy { from: &from, to, contents: *contents, owner: &owner, mode: *mode, latest, cancel };
-        let (archive, folder) = copy.archive(session.scratch).map_err(cannot_send)?;
-        return Ok(guest.put(&what, archive, &owner, &folder, sink, limit));
+    let Inputs { script, files, .. } = inputs;
+    let look = Look { owner: None, mode: None, time, cancel: session.cancel };
+    match (&step.action, script) {
+        (Action::Copy { from, to, contents, owner, mode }, _) => {
+            let owner = split_owner(owner.as_deref());
+            let look = Look { owner: Some(&owner), mode: *mode, ..look };
+            let copy = Copy { name: from, files, to, contents: *contents };
+            let (archive, folder) = copy.archive(session.scratch, &look).map_err(cannot_send)?;
+            Ok(guest.put(&what, archive, &owner, &folder, sink, limit))
+        }
+        (_, Some(script)) => {
+            let texts: &[(&str, &[u8])] = match &step.action {
+                Action::Uses { .. } => &[("lib.sh", provisioners::LIBRARY.as_bytes())],
+                _ => &[],
+            };
+            let script = Script { text: &script.text, env: &script.env, files, texts };
+            let archive = script.archive(session.scratch, folder, &look).map_err(cannot_send)?;
+            Ok(guest.run(&what, archive, (folder, &step.name), script.has_shebang(), sink, limit))
+        }
+        (_, None) => Err(Error::new(Exit::Bug, format!("{what} has no script"))),
     }
-    let texts: &[(&str, &str)] = match &step.action {
-        Action::Uses { .. } => &[("lib.sh", provisioners::LIBRARY)],
-        _ => &[],
-    };
-    let text = inputs.script.as_deref().unwrap_or_default();
-    let env = environment(recipe, step, epoch);
-    let script = Script { text, env: &env, files: &inputs::extra_files(recipe, step), texts };
-    let folder = guest.fresh_folder();
-    let archive = script.archive(session.scratch, &folder).map_err(cannot_send)?;
-    Ok(guest.run(&what, archive, &folder, script.has_shebang(), sink, limit))
 }
 
 /// What the end of a step means for the build.
@@ -132,12 +142,6 @@ fn judge(
         }
     };
     Err(error.at(recipe.place(&step.span)))
-}
-
-fn environment(recipe: &Recipe, step: &Step, epoch: Epoch) -> BTreeMap<String, String> {
-    let mut env = inputs::environment(recipe, step);
-    env.entry("SOURCE_DATE_EPOCH".to_owned()).or_insert_with(|| epoch.seconds.to_string());
-    env
 }
 
 fn split_owner(owner: Option<&str>) -> Owner {

@@ -5,10 +5,11 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::archive::Script;
+use super::archive::{Look, Script};
 use super::guest_failure;
 use super::log::Answer;
 use super::manifest::TestFacts;
+use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
 use crate::vm::guest::Guest;
 
@@ -53,10 +54,11 @@ fn ask(
     let output = Arc::new(Mutex::new(Vec::new()));
     let script = Script { text: text.as_bytes(), env, files: &[], texts: &[] };
     let folder = guest.fresh_folder();
-    let archive =
-        script.archive(scratch, &folder).map_err(|error| Error::io("cannot write the guest's drives", &error))?;
+    let archive = script
+        .archive(scratch, &folder, &Look::plain(&Cancel::default()))
+        .map_err(|error| Error::io("cannot write the guest's drives", &error))?;
     let sink = Box::new(Answer(Arc::clone(&output)));
-    let ended = guest.run(what, archive, &folder, script.has_shebang(), sink, limit).map_err(guest_failure)?;
+    let ended = guest.run(what, archive, (&folder, ""), script.has_shebang(), sink, limit).map_err(guest_failure)?;
     let output = output.lock().unwrap_or_else(PoisonError::into_inner);
     Ok((ended.status, String::from_utf8_lossy(&output).into_owned()))
 }

@@ -73,15 +73,14 @@ fn gc(context: &Context<'_>, keep: Option<&str>, older: Option<&str>) -> Result<
 
 fn export(context: &Context<'_>, recipes: &[PathBuf], out: &Path, set: &[String]) -> Result<(), Error> {
     let (store, host) = (context.store()?, context.host()?);
-    let (mut bases, mut keys) = (Vec::new(), Vec::new());
+    let (mut bases, mut layers) = (Vec::new(), Vec::new());
     for path in recipes {
         let recipe = build::read_recipe(path, set)?;
         let (plan, base) = build::plan(&recipe, &host, &store, &context.ui.events(), context.cancel)?;
         bases.push(base);
-        keys.extend(plan.layers.into_iter().filter(|layer| layer.cached).map(|layer| layer.key));
+        layers.extend(build::kept(&plan, &store));
     }
-    let keys: Vec<_> = keys.iter().map(String::as_str).collect();
-    let done = store.export(&bases, &keys, out, context.cancel)?;
+    let done = store.export(&bases, layers, out, context.cancel)?;
     let text = format!("{}: {} bases, {} layers, {}", out.display(), done.bases, done.layers, Size(done.bytes));
     context.ui.result(&text, &json!({ "file": out, "content": done }));
     Ok(())

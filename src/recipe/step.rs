@@ -178,7 +178,8 @@ fn copy(fields: &Fields<'_>) -> Option<(Action, Origin)> {
     let to =
         fields.require("to", "to = \"/srv/\"").and_then(|_| fields.filled("to")).and_then(|found| to(fields, found));
     let from = fields.filled("copy")?;
-    let contents = from.value.ends_with('/');
+    // As for `cp -r`: `site/`, `site/.`, `.` and `..` name what is in a folder.
+    let contents = matches!(from.value.rsplit('/').next(), Some("" | "." | ".."));
     let action = Action::Copy { from: PathBuf::from(from.value), to: to?, contents, owner, mode };
     Some((action, from.origin))
 }

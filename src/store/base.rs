@@ -69,18 +69,21 @@ impl Store {
             return Err(Error::new(Exit::Input, format!("the base image `{shown}` is a folder")));
         }
         let sha256 = self.check_digest(image, &mut file, expected, cancel)?;
-        if let Some(imported) = self.unpacked(sha256.clone()) {
-            return Ok(imported);
+        loop {
+            if let Some(imported) = self.unpacked(sha256.clone()) {
+                return Ok(imported);
+            }
+            let imported = events.phase(
+                "import-base",
+                format!("unpacking {shown} (once)"),
+                |_| format!("{shown} is in the cache now"),
+                || self.unpack(image, &sha256, qemu_img, events, cancel),
+            )?;
+            // None: another process was quicker. What it has made may be removed before it is in use here.
+            if let Some(imported) = imported {
+                return Ok(imported);
+            }
         }
-        let folder = self.root.join("bases").join(&sha256);
-        events.phase(
-            "import-base",
-            format!("unpacking {shown} (once)"),
-            |format: &String| format!("{shown} ({format}) is in the cache now"),
-            || self.unpack(image, &folder, qemu_img, events, cancel),
-        )?;
-        let gone = || Error::new(Exit::Host, format!("`{}` vanished at once", folder.display()));
-        self.unpacked(sha256).ok_or_else(gone)
     }
 
     /// `image`, if it is in the store already and its digest is what it should be.
@@ -146,14 +149,16 @@ impl Store {
         Ok(digests.sha256)
     }
 
+    /// Brings the image into the store, in use already; none if it is there by now.
     fn unpack(
         &self,
         image: &Path,
-        folder: &Path,
+        sha256: &str,
         qemu_img: &Path,
         events: &Events,
         cancel: &Cancel,
-    ) -> Result<String, Error> {
+    ) -> Result<Option<Imported>, Error> {
+        let folder = &self.root.join("bases").join(sha256);
         let scratch = self.scratch()?;
         let gunzipped = scratch.path().join("gunzipped");
         let image = if gunzip(image, &gunzipped, cancel)? { &gunzipped } else { image };
@@ -187,7 +192,10 @@ impl Store {
             Error::new(Exit::Input, message).help("download it again and compare its digest with the publisher's")
         })?;
         super::verify::sync_and_note(&raw, &fresh, "import-base", events, cancel)?;
-        fs_err::write(fresh.join("format"), &info.format).map_err(io_failed)?;
+        fs_err::write(fresh.join(FORMAT), &info.format).map_err(io_failed)?;
+        // Locked before it has its name: nothing removes it before it is in use.
+        let in_use = File::open(fresh.join(FORMAT)).map_err(io_failed)?;
+        rustix::fs::flock(&in_use, FlockOperation::LockShared).map_err(|error| io_failed(error.into()))?;
         let disk = fs_err::OpenOptions::new().write(true).open(&raw).map_err(io_failed)?;
         // Overlays rely on it byte for byte.
         let mut permissions = disk.metadata().map_err(io_failed)?.permissions();
@@ -197,9 +205,12 @@ impl Store {
             fs_err::remove_dir_all(folder).map_err(io_failed)?;
         }
         match fs_err::rename(&fresh, folder) {
-            Err(error) if !folder.join("format").is_file() => Err(io_failed(error)),
-            // Another kiln was quicker with the same bytes.
-            _ => Ok(info.format),
+            Ok(()) => {
+                let (disk, sha256) = (folder.join("disk.raw"), sha256.to_owned());
+                Ok(Some(Imported { disk, sha256, format: info.format, _in_use: Arc::new(in_use) }))
+            }
+            Err(_) if folder.join(FORMAT).is_file() => Ok(None),
+            Err(error) => Err(io_failed(error)),
         }
     }
 }

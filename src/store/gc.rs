@@ -1,7 +1,7 @@
 //! What the store holds, and how it is kept from growing for ever: what was used longest ago goes first, and never what
 //! something else is built on, or what a running kiln uses.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -48,11 +48,25 @@ pub struct Entry {
     #[serde(skip)]
     made: SystemTime,
     #[serde(skip)]
+    standing: Standing,
+    #[serde(skip)]
     behind: Option<String>,
     #[serde(skip)]
     folder: PathBuf,
     #[serde(skip)]
     mark: PathBuf,
+}
+
+/// What a layer is among those with its key.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Standing {
+    /// It is none of this kiln's layers: a base, or a layer of another version.
+    #[default]
+    None,
+    /// Without a record that can be read.
+    Damaged,
+    /// Its serial number, and whether it has a memory state.
+    Layer(u64, bool),
 }
 
 /// What may stay.
@@ -74,12 +88,25 @@ impl Store {
         for key in entries.iter().filter_map(|entry| entry.behind.clone()) {
             *dependents.entry(key).or_default() += 1;
         }
-        // The youngest of those with one key counts, as it does for whoever looks one up.
+        // The newest making of a key counts, and of its layers the youngest and those with a memory state.
         entries.sort_by_key(|entry| std::cmp::Reverse(entry.made));
-        let mut seen = std::collections::BTreeSet::new();
+        let mut newest = BTreeMap::<String, u64>::new();
+        for entry in &entries {
+            if let Standing::Layer(serial, _) = entry.standing {
+                let known = newest.entry(layer::key_of(&entry.key).to_owned()).or_default();
+                *known = serial.max(*known);
+            }
+        }
+        let mut seen = BTreeSet::new();
         for entry in &mut entries {
             entry.dependents = dependents.get(&entry.key).copied().unwrap_or(0);
-            entry.superseded |= entry.kind == Kind::Layer && !seen.insert(layer::key_of(&entry.key).to_owned());
+            let key = layer::key_of(&entry.key);
+            entry.superseded = match entry.standing {
+                Standing::None => false,
+                Standing::Damaged => true,
+                Standing::Layer(serial, _) if newest.get(key) != Some(&serial) => true,
+                Standing::Layer(_, has_memory) => !seen.insert(key.to_owned()) && !has_memory,
+            };
         }
         entries.sort_by_key(|entry| entry.unused);
         entries
@@ -96,9 +123,12 @@ impl Store {
     /// # Errors
     /// When something can't be removed.
     pub fn collect(&self, limits: Limits) -> Result<Vec<Entry>, Error> {
+        let scratch = self.scratch()?;
+        let mut removed = Vec::new();
+        // No layer gets its record meanwhile: what nothing is built on now stays so until it is gone.
+        let removing = self.removing().map_err(|error| Error::io("cannot lock the cache", &error))?;
         let mut entries = self.entries();
         let mut bytes: u64 = entries.iter().map(|entry| entry.bytes).sum();
-        let mut removed = Vec::new();
         loop {
             // From the one that was used longest ago. Each time anew: what was in the way of another may be gone.
             let candidate = entries.iter().rposition(|entry| {
@@ -106,9 +136,9 @@ impl Store {
                 let too_much = limits.keep.is_some_and(|keep| bytes > keep);
                 (too_old || too_much || entry.superseded) && entry.dependents == 0
             });
-            let Some(index) = candidate else { return Ok(removed) };
+            let Some(index) = candidate else { break };
             let entry = entries.remove(index);
-            if !remove(self, &entry)? {
+            if !set_aside(&entry, scratch.path())? {
                 continue;
             }
             bytes -= entry.bytes;
@@ -117,6 +147,26 @@ impl Store {
             }
             removed.push(entry);
         }
+        drop(removing);
+        // That may take a while. Its folder removes what it can, should something be in the way here.
+        drop(scratch);
+        Ok(removed)
+    }
+
+    /// Held while a layer gets its record.
+    pub(super) fn naming(&self) -> std::io::Result<File> {
+        self.locked(FlockOperation::LockShared)
+    }
+
+    /// Held while what nothing is built on is removed.
+    fn removing(&self) -> std::io::Result<File> {
+        self.locked(FlockOperation::LockExclusive)
+    }
+
+    fn locked(&self, how: FlockOperation) -> std::io::Result<File> {
+        let lock = File::create(self.root.join("gc.lock"))?;
+        rustix::fs::flock(&lock, how)?;
+        Ok(lock)
     }
 }
 
@@ -126,6 +176,7 @@ impl Store {
     /// # Errors
     /// When something of it is in use, or can't be removed.
     pub(super) fn discard_base(&self, sha256: &str) -> Result<(), Error> {
+        let _removing = self.removing().map_err(|error| Error::io("cannot lock the cache", &error))?;
         let (mut doomed, mut rest): (Vec<_>, Vec<_>) =
             self.entries().into_iter().partition(|entry| entry.kind == Kind::Base && entry.key == sha256);
         loop {
@@ -137,9 +188,10 @@ impl Store {
             }
             doomed.extend(more);
         }
+        let scratch = self.scratch()?;
         // What nothing is built on comes last.
         for entry in doomed.iter().rev() {
-            if !remove(self, entry)? {
+            if !set_aside(entry, scratch.path())? {
                 let message = format!("the damaged base can't be removed: another kiln is using {}", entry.name);
                 return Err(
                     Error::new(Exit::Host, message).help("wait until that has ended, and build again with --verify")
@@ -150,18 +202,15 @@ impl Store {
     }
 }
 
-/// `false` if somebody uses it.
-fn remove(store: &Store, entry: &Entry) -> Result<bool, Error> {
+/// Takes an entry out of the store, into a scratch folder, which is removed next; `false` if it is in use. Half of it is
+/// never found under its own name.
+fn set_aside(entry: &Entry, scratch: &Path) -> Result<bool, Error> {
     let Ok(mark) = File::open(&entry.mark) else { return Ok(false) };
     if rustix::fs::flock(&mark, FlockOperation::NonBlockingLockExclusive).is_err() {
         return Ok(false);
     }
-    let failed = |error: std::io::Error| Error::io(format!("cannot remove `{}`", entry.folder.display()), &error);
-    // Under another name first: no half of it is ever found under its own.
-    let scratch = store.scratch()?;
-    let gone = scratch.path().join("gone");
-    fs_err::rename(&entry.folder, &gone).map_err(failed)?;
-    fs_err::remove_dir_all(&gone).map_err(failed)?;
+    fs_err::rename(&entry.folder, scratch.join(&entry.key))
+        .map_err(|error| Error::io(format!("cannot remove `{}`", entry.folder.display()), &error))?;
     Ok(true)
 }
 
@@ -178,16 +227,25 @@ fn base_entry(folder: PathBuf) -> Option<Entry> {
 
 fn layer_entry(folder: PathBuf) -> Option<Entry> {
     let mark = folder.join(layer::USED);
-    let record: Option<Record> =
-        std::fs::read(folder.join(layer::RECORD)).ok().and_then(|text| serde_json::from_slice(&text).ok());
-    let superseded = record.is_none();
-    let (name, behind) = match record {
-        Some(record) => (format!("{}: {}", record.recipe, record.name), record.backing.or(Some(record.base))),
-        None => ("damaged".to_owned(), None),
+    let text = std::fs::read(folder.join(layer::RECORD)).unwrap_or_default();
+    let value: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
+    let text_of = |name: &str| value[name].as_str().map(str::to_owned);
+    let foreign = value["format"].as_u64().is_some_and(|format| format != u64::from(layer::FORMAT));
+    let (standing, name, behind) = match serde_json::from_value::<Record>(value.clone()) {
+        // Another version's, which may run on this store as well: it only counts, and ages.
+        _ if foreign => {
+            (Standing::None, "by another version of kiln".to_owned(), text_of("backing").or_else(|| text_of("base")))
+        }
+        Ok(record) => {
+            let has_memory = value["memory"].as_object().is_some_and(|memory| !memory.is_empty());
+            let name = format!("{}: {}", record.recipe, record.name);
+            (Standing::Layer(record.serial, has_memory), name, record.backing.or(Some(record.base)))
+        }
+        Err(_) => (Standing::Damaged, "damaged".to_owned(), None),
     };
     let made = folder.join(layer::RECORD).metadata().and_then(|record| record.modified());
     let made = made.unwrap_or(SystemTime::UNIX_EPOCH);
-    Some(Entry { superseded, made, ..entry(Kind::Layer, folder, mark, name, behind)? })
+    Some(Entry { made, standing, ..entry(Kind::Layer, folder, mark, name, behind)? })
 }
 
 fn entry(kind: Kind, folder: PathBuf, mark: PathBuf, name: String, behind: Option<String>) -> Option<Entry> {
@@ -205,6 +263,7 @@ fn entry(kind: Kind, folder: PathBuf, mark: PathBuf, name: String, behind: Optio
         unused: seconds(used),
         dependents: 0,
         superseded: false,
+        standing: Standing::None,
         behind,
         folder,
         mark,

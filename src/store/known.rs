@@ -20,10 +20,10 @@ use crate::units::hex;
 /// How old a file's last change must be for its digest to be noted.
 const SETTLED: Duration = Duration::from_secs(2);
 
-/// What tells that a file is still the one that was looked at.
+/// What tells that a file is still the one that was looked at. Not its volume's device number, which may be another after
+/// the host has started again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
-    device: u64,
     inode: u64,
     size: u64,
     modified: (i64, i64),
@@ -55,7 +55,6 @@ impl Identity {
 impl From<&std::fs::Metadata> for Identity {
     fn from(metadata: &std::fs::Metadata) -> Self {
         Self {
-            device: metadata.dev(),
             inode: metadata.ino(),
             size: metadata.len(),
             modified: (metadata.mtime(), metadata.mtime_nsec()),
@@ -93,38 +92,41 @@ pub(super) struct Digests {
 impl Store {
     /// The digests of `file`, if it is known and unchanged.
     pub(super) fn known(&self, file: &File) -> Option<Digests> {
-        let identity = Identity::of(file).ok()?;
-        let known: Known = serde_json::from_slice(&std::fs::read(self.known_path(&identity)).ok()?).ok()?;
+        let metadata = file.metadata().ok().filter(std::fs::Metadata::is_file)?;
+        let identity = Identity::from(&metadata);
+        let known: Known = serde_json::from_slice(&std::fs::read(self.known_path(&metadata)).ok()?).ok()?;
         (known.identity == identity).then_some(Digests { sha256: known.sha256, sha512: known.sha512 })
     }
 
     /// Notes digests; `before` is what the file was when its reading began. A note that can't be kept is no failure.
     pub(super) fn note(&self, file: &File, before: &Identity, digests: &Digests) {
-        if !before.is_still(file) {
-            return;
-        }
+        // A block device's size and times say nothing of what is in it.
+        let metadata = file.metadata().ok().filter(std::fs::Metadata::is_file);
+        let Some(metadata) = metadata.filter(|_| before.is_still(file)) else { return };
         let known = Known { identity: before.clone(), sha256: digests.sha256.clone(), sha512: digests.sha512.clone() };
-        let _ = self.write_json(&self.known_path(before), &known);
+        let _ = self.write_json(&self.known_path(&metadata), &known);
     }
 
     /// Notes the digest of a disk that kiln itself has just written whole.
     pub fn know_disk(&self, disk: &Path, digest: &str) {
-        if let Ok(identity) = File::open(disk).and_then(|file| Identity::of(&file)) {
-            self.note_disk(identity, digest);
+        if let Ok(metadata) = std::fs::metadata(disk) {
+            self.note_disk(&metadata, digest);
         }
     }
 
     /// Notes the digest of a disk that was read whole; `before` is what it was when that began.
     pub fn know_read_disk(&self, disk: &File, before: &Identity, digest: &str) {
-        if before.is_still(disk) {
-            self.note_disk(before.clone(), digest);
+        if let Ok(metadata) = disk.metadata()
+            && before.is_still(disk)
+        {
+            self.note_disk(&metadata, digest);
         }
     }
 
     /// A note that can't be kept is no failure.
-    fn note_disk(&self, identity: Identity, digest: &str) {
-        let known = KnownDisk { digest: digest.to_owned(), boot: exec::boot_id(), identity };
-        let _ = self.write_json(&self.known_disk_path(&known.identity), &known);
+    fn note_disk(&self, disk: &std::fs::Metadata, digest: &str) {
+        let known = KnownDisk { digest: digest.to_owned(), boot: exec::boot_id(), identity: Identity::from(disk) };
+        let _ = self.write_json(&self.known_disk_path(disk), &known);
     }
 
     /// Whether the disk is the one whose digest was noted. If not it must be read to know: another kiln made it, or it was
@@ -133,9 +135,9 @@ impl Store {
     #[must_use]
     pub fn knows_disk(&self, disk: &Path, digest: &str) -> bool {
         let known = || -> io::Result<bool> {
-            let identity = Identity::of(&File::open(disk)?)?;
-            let known: KnownDisk = serde_json::from_slice(&std::fs::read(self.known_disk_path(&identity))?)?;
-            let same = known.identity == identity && known.digest == digest;
+            let metadata = std::fs::metadata(disk)?;
+            let known: KnownDisk = serde_json::from_slice(&std::fs::read(self.known_disk_path(&metadata))?)?;
+            let same = known.identity == Identity::from(&metadata) && known.digest == digest;
             Ok(same && known.boot.is_some() && known.boot == exec::boot_id())
         };
         known().unwrap_or(false)
@@ -165,18 +167,20 @@ impl Store {
 
     /// Makes `file` unknown.
     pub(super) fn forget(&self, file: &File) {
-        if let Ok(identity) = Identity::of(file) {
-            let _ = std::fs::remove_file(self.known_path(&identity));
+        if let Ok(metadata) = file.metadata() {
+            let _ = std::fs::remove_file(self.known_path(&metadata));
         }
     }
 
-    fn known_path(&self, identity: &Identity) -> PathBuf {
-        let name = Sha256::digest(format!("{} {}", identity.device, identity.inode));
+    /// With the device: on another one a file may have the same number and the same times, as in two read-only images. A
+    /// file whose device has another number now is read again.
+    fn known_path(&self, file: &std::fs::Metadata) -> PathBuf {
+        let name = Sha256::digest(format!("{} {}", file.dev(), file.ino()));
         self.root.join("known").join(&hex(&name)[..32])
     }
 
-    fn known_disk_path(&self, identity: &Identity) -> PathBuf {
-        self.known_path(identity).with_extension("disk")
+    fn known_disk_path(&self, disk: &std::fs::Metadata) -> PathBuf {
+        self.known_path(disk).with_extension("disk")
     }
 
     /// Writes a small file whole or not at all.
@@ -210,14 +214,14 @@ mod tests {
         assert!(old.is_settled());
         store
             .write_json(
-                &store.known_path(&fresh),
+                &store.known_path(&open().metadata().unwrap()),
                 &Known { identity: fresh.clone(), sha256: "ab".into(), sha512: None },
             )
             .unwrap();
         assert_eq!(store.known(&open()), Some(digests));
         File::options().write(true).open(&path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
         assert_eq!(store.known(&open()), None, "times count");
-        std::fs::write(store.known_path(&fresh), "{ half").unwrap();
+        std::fs::write(store.known_path(&open().metadata().unwrap()), "{ half").unwrap();
         assert_eq!(store.known(&open()), None, "a damaged note is none");
     }
 
@@ -236,7 +240,7 @@ mod tests {
         let identity = Identity::of(&file).unwrap();
         for boot in [None, Some("an earlier one".to_owned())] {
             let known = KnownDisk { identity: identity.clone(), digest: "ab".to_owned(), boot };
-            store.write_json(&store.known_disk_path(&identity), &known).unwrap();
+            store.write_json(&store.known_disk_path(&file.metadata().unwrap()), &known).unwrap();
             assert!(!store.knows_disk(&path, "ab"));
         }
         // One that was read is noted if it was left alone meanwhile, and long enough before.

@@ -1,14 +1,17 @@
-//! Layers: what a guest was after a step. Each is a folder that appears whole and is never replaced: made again, a layer
-//! gets another folder, because what was built on the first one stays on it. The newest of those with one key counts.
+//! Layers: what a guest was after a step. Each is a folder that is never changed once it has its record.
 //!
 //! ```text
-//! layers/KEY-RANDOM/layer.json    what it is, and what its files must be
+//! layers/KEY-RANDOM/layer.json    what it is, and what its files must be; a folder without it is no layer
 //! layers/KEY-RANDOM/disk.qcow2    an overlay over an earlier layer's disk, or over the base
 //! layers/KEY-RANDOM/memory.MACHINE.lz4   the running guest, for machines with this key (not every layer has one)
 //! layers/KEY-RANDOM/blocks        the disk's block map, once a build has made it
 //! layers/KEY-RANDOM/step.log      what the step printed (the booted base has none)
-//! layers/KEY-RANDOM/used          its mtime is when the layer was last used
+//! layers/KEY-RANDOM/used          its mtime is when the layer was last used; locked while it is
 //! ```
+//!
+//! A step that runs again under the same key is another [`Making`]: what was made on the earlier one belongs to that, and
+//! so does its log. Makings have serial numbers, by which the newest is known whatever the host's clock says; only it
+//! counts. Several layers may have the same serial number: kept again with another machine's memory, or imported.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -20,10 +23,10 @@ use serde::{Deserialize, Serialize};
 
 use super::known::Identity;
 use super::{Store, allocated};
-use crate::error::{Error, Exit};
+use crate::error::Error;
 
-/// The version of this format. Layers of another are misses.
-const FORMAT: u32 = 3;
+/// The version of this format. Layers of another are another kiln's.
+pub(super) const FORMAT: u32 = 4;
 /// How often a claim that another holds is tried again.
 pub const CLAIM_LOOK: std::time::Duration = std::time::Duration::from_millis(100);
 const LOG: &str = "step.log";
@@ -31,6 +34,15 @@ pub(super) const RECORD: &str = "layer.json";
 /// The name of a layer's disk in its folder.
 pub const DISK: &str = "disk.qcow2";
 pub(super) const USED: &str = "used";
+
+/// One run of a step, or of the boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Making {
+    /// Random.
+    pub id: String,
+    /// When it ended, in seconds since 1970.
+    pub made: u64,
+}
 
 /// What a layer is, as it says itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -41,7 +53,14 @@ pub struct Record {
     pub key: String,
     /// Its parent's key; none for the booted base.
     pub parent: Option<String>,
-    /// The folder of the layer that its disk is an overlay over: its parent, or one before; none: the base.
+    /// Which of the makings of this key it is, from 1; 0 in one that is not in the store yet: a new one.
+    pub serial: u64,
+    /// What it is made of: the runs of the boot and of each step, its own last.
+    pub lineage: Vec<Making>,
+    /// What the guest had besides its disk and a boot would not bring back, as text for people; empty: nothing, so that
+    /// the disk may be booted instead of taking up the memory.
+    pub volatile: String,
+    /// The folder of the layer that its disk is an overlay over; none: the base.
     pub backing: Option<String>,
     /// SHA-256 of the base image.
     pub base: String,
@@ -75,15 +94,13 @@ pub struct Layer {
     _in_use: File,
 }
 
-/// What was found under a key.
-#[derive(Debug)]
-pub enum Lookup {
-    /// The layer.
-    Hit(Box<Layer>),
-    /// There is none.
-    Miss,
-    /// There is something, and it can't be used, for this reason.
-    Damaged(String),
+/// What the store has under a key.
+#[derive(Debug, Default)]
+pub struct Shelf {
+    /// The layers of the newest making that are whole.
+    pub layers: Vec<Layer>,
+    /// Why others can't be used.
+    pub damaged: Option<String>,
 }
 
 /// The right to make a layer, until it is dropped.
@@ -100,11 +117,19 @@ impl Drop for Claim {
     }
 }
 
-/// A layer in the making; dropped before [`Pending::commit`], nothing of it stays.
+/// A layer in the making; dropped before [`Pending::place`], nothing of it stays.
 #[derive(Debug)]
 pub struct Pending {
     folder: tempfile::TempDir,
     id: String,
+    in_use: File,
+}
+
+/// A layer's folder that has its name in the store, and not yet its record. An overlay may be over its disk already.
+#[derive(Debug)]
+pub struct Placed {
+    folder: PathBuf,
+    in_use: File,
 }
 
 impl Layer {
@@ -112,6 +137,12 @@ impl Layer {
     #[must_use]
     pub fn record(&self) -> &Record {
         &self.sealed.record
+    }
+
+    /// The run that made it.
+    #[must_use]
+    pub fn making(&self) -> Option<&Making> {
+        self.record().lineage.last()
     }
 
     pub(super) fn folder(&self) -> &Path {
@@ -161,82 +192,44 @@ impl Store {
         self.root.join("layers")
     }
 
-    /// Looks a layer up and keeps it from being removed: of those with this key the newest that is whole. Never fails:
-    /// if there are only such as can't be used it is [`Lookup::Damaged`].
+    /// What the store has under each of these keys, kept from being removed.
     #[must_use]
-    pub fn layer(&self, key: &str) -> Lookup {
-        let entries = std::fs::read_dir(self.layers()).into_iter().flatten().flatten();
-        let folders = entries.filter(|entry| key_of(&entry.file_name().to_string_lossy()) == key);
-        let made =
-            |entry: &std::fs::DirEntry| entry.path().join(RECORD).metadata().and_then(|record| record.modified());
-        let mut folders: Vec<_> = folders.map(|entry| (made(&entry).ok(), entry.file_name())).collect();
-        folders.sort_unstable();
-        let mut found = Lookup::Miss;
-        for (_, id) in folders.iter().rev() {
-            match self.layer_in(&id.to_string_lossy()) {
-                Lookup::Hit(layer) => return Lookup::Hit(layer),
-                Lookup::Damaged(why) => found = Lookup::Damaged(why),
-                Lookup::Miss => {}
+    pub fn shelves(&self, keys: &[&str]) -> Vec<Shelf> {
+        let index: BTreeMap<&str, usize> = keys.iter().enumerate().map(|(index, key)| (*key, index)).collect();
+        let mut found: Vec<Vec<Read>> = keys.iter().map(|_| Vec::new()).collect();
+        for entry in std::fs::read_dir(self.layers()).into_iter().flatten().flatten() {
+            if let Some(index) = index.get(key_of(&entry.file_name().to_string_lossy())) {
+                found[*index].extend(read_in(entry.path()));
             }
         }
-        found
+        found.into_iter().map(shelf).collect()
     }
 
-    /// As [`Self::layer`]; of a layer that several machines have kept one over the other, the one with the memory of
-    /// `machine`, if there is one.
-    #[must_use]
-    pub fn layer_for(&self, key: &str, machine: &str) -> Lookup {
-        let mut found = self.layer(key);
-        let mut first = None;
-        while let Lookup::Hit(layer) = found {
-            if layer.memory(machine).is_some() {
-                return Lookup::Hit(layer);
-            }
-            let behind = layer.record().backing.clone().filter(|id| key_of(id) == key);
-            first.get_or_insert(layer);
-            found = behind.map_or(Lookup::Miss, |id| self.layer_in(&id));
-        }
-        first.map_or(found, Lookup::Hit)
-    }
-
-    /// The layer with this key and those that it is over, itself last; none if it, or one of them, isn't there. With a
-    /// machine as [`Self::layer_for`].
+    /// The layers that `layer` is over, the one next to the base first.
     ///
     /// # Errors
     /// Why one of them can't be used.
-    pub fn chain(&self, key: &str, machine: Option<&str>) -> Result<Option<Vec<Layer>>, String> {
-        let mut layers = Vec::new();
-        let mut next = Some(machine.map_or_else(|| self.layer(key), |machine| self.layer_for(key, machine)));
-        while let Some(found) = next.take() {
-            match found {
-                Lookup::Hit(layer) => {
-                    next = layer.record().backing.as_deref().map(|id| self.layer_in(id));
+    pub fn backing(&self, layer: &Layer) -> Result<Vec<Layer>, String> {
+        let mut layers: Vec<Layer> = Vec::new();
+        let mut next = layer.record().backing.clone();
+        while let Some(id) = next.take() {
+            let gone = || format!("`{id}`, which it is over, is not there");
+            match read_in(self.layers().join(&id)).ok_or_else(gone)? {
+                Read::Whole(layer) => {
+                    next.clone_from(&layer.record().backing);
                     layers.insert(0, *layer);
                 }
-                Lookup::Miss => return Ok(None),
-                Lookup::Damaged(why) => return Err(why),
+                Read::Damaged { why, .. } => return Err(why),
             }
         }
-        Ok(Some(layers))
+        Ok(layers)
     }
 
-    /// As [`Self::layer`], the one in this folder.
-    #[must_use]
-    pub fn layer_in(&self, id: &str) -> Lookup {
-        let folder = self.layers().join(id);
-        let Ok(in_use) = File::open(folder.join(USED)) else {
-            return if folder.exists() { Lookup::Damaged("it is not whole".to_owned()) } else { Lookup::Miss };
-        };
-        if rustix::fs::flock(&in_use, FlockOperation::LockShared).is_err() || !folder.join(RECORD).exists() {
-            return Lookup::Miss;
-        }
-        match read(&folder) {
-            Ok(sealed) => {
-                let _ = in_use.set_modified(std::time::SystemTime::now());
-                Lookup::Hit(Box::new(Layer { folder, sealed, _in_use: in_use }))
-            }
-            Err(why) => Lookup::Damaged(why),
-        }
+    /// The highest serial number among the layers with this key.
+    fn newest_serial(&self, key: &str) -> u64 {
+        let entries = std::fs::read_dir(self.layers()).into_iter().flatten().flatten();
+        let own = entries.filter(|entry| key_of(&entry.file_name().to_string_lossy()) == key);
+        own.filter_map(|entry| Some(read(&entry.path()).ok()?.record.serial)).max().unwrap_or(0)
     }
 
     /// The layers that have this parent, the newest first: what a missing layer can be compared with.
@@ -280,12 +273,14 @@ impl Pending {
     ///
     /// # Errors
     /// When the store can't be written.
-    pub fn begin(scratch: &Path, key: &str) -> Result<Self, Error> {
-        let folder = tempfile::Builder::new().prefix("layer-").rand_bytes(12).tempdir_in(scratch);
-        let folder = folder.map_err(|error| Error::io(format!("cannot write to `{}`", scratch.display()), &error))?;
+    pub fn begin(scratch: &Path, key: &str) -> io::Result<Self> {
+        let folder = tempfile::Builder::new().prefix("layer-").rand_bytes(12).tempdir_in(scratch)?;
         let name = folder.path().file_name().unwrap_or_default().to_string_lossy();
         let id = format!("{key}-{}", name.trim_start_matches("layer-"));
-        Ok(Self { folder, id })
+        // Locked before it has its name: nothing removes it before it is in use.
+        let in_use = File::create(folder.path().join(USED))?;
+        rustix::fs::flock(&in_use, FlockOperation::LockShared)?;
+        Ok(Self { folder, id, in_use })
     }
 
     /// The name that its folder will have.
@@ -312,34 +307,99 @@ impl Pending {
         memory_path(self.folder.path(), machine)
     }
 
-    /// Puts the layer into the store. `machines` are the keys of the memory states that were written.
+    /// Gives its folder its name in the store, so that an overlay that names its disk finds it. It is no layer yet.
     ///
     /// # Errors
     /// When the store can't be written.
-    pub fn commit(self, store: &Store, record: Record, machines: &[String]) -> Result<Box<Layer>, Error> {
+    pub fn place(self, store: &Store) -> Result<Placed, Error> {
         let place = store.layers().join(&self.id);
-        let failed = |error: io::Error| Error::io(format!("cannot keep the layer `{}`", place.display()), &error);
-        let write = || -> io::Result<()> {
-            let disk = identity(&self.disk())?;
-            let memory = machines.iter().map(|machine| Ok((machine.clone(), identity(&self.memory(machine))?)));
-            let memory = memory.collect::<io::Result<_>>()?;
-            let record = Record { format: FORMAT, ..record };
-            std::fs::write(self.folder.path().join(USED), "")?;
-            store.write_json(&self.folder.path().join(RECORD), &Sealed { record, disk, memory })?;
-            std::fs::rename(self.folder.path(), &place)?;
-            File::open(store.layers())?.sync_all()
-        };
-        write().map_err(failed)?;
+        std::fs::rename(self.folder.path(), &place)
+            .map_err(|error| Error::io(format!("cannot keep the layer `{}`", place.display()), &error))?;
         // It has another name now: there is nothing left to remove under the old one.
         let _ = self.folder.keep();
-        match store.layer_in(&self.id) {
-            Lookup::Hit(layer) => Ok(layer),
-            Lookup::Miss => Err(Error::new(Exit::Host, format!("the layer `{}` vanished at once", place.display()))),
-            Lookup::Damaged(why) => {
-                Err(Error::new(Exit::Host, format!("the layer `{}` can't be read back: {why}", place.display())))
+        Ok(Placed { folder: place, in_use: self.in_use })
+    }
+}
+
+impl Placed {
+    /// Makes it a layer, once the host's disk has all of it. `machines` are the keys of the memory states that were
+    /// written. If that fails its folder stays, for what is over its disk, until the returned lock is dropped.
+    ///
+    /// # Errors
+    /// When the store can't be written.
+    pub fn commit(self, store: &Store, record: Record, machines: &[String]) -> Result<Layer, (Error, Self)> {
+        let write = || -> io::Result<Sealed> {
+            let disk = identity(&self.folder.join(DISK))?;
+            let memory =
+                machines.iter().map(|machine| Ok((machine.clone(), identity(&memory_path(&self.folder, machine))?)));
+            let memory = memory.collect::<io::Result<_>>()?;
+            let _naming = store.naming()?;
+            let serial = if record.serial > 0 { record.serial } else { store.newest_serial(&record.key) + 1 };
+            let sealed = Sealed { record: Record { format: FORMAT, serial, ..record }, disk, memory };
+            // Confirmed before it is named: where a quota is met, some filesystems say so only now.
+            store.write_json(&self.folder.join(RECORD), &sealed)?;
+            File::open(store.layers())?.sync_all()?;
+            Ok(sealed)
+        };
+        match write() {
+            Ok(sealed) => Ok(Layer { folder: self.folder, sealed, _in_use: self.in_use }),
+            Err(error) => {
+                let message = format!("cannot keep the layer `{}`", self.folder.display());
+                Err((Error::io(message, &error), self))
             }
         }
     }
+}
+
+/// The layer in this folder, kept from being removed; none if it is no layer.
+fn read_in(folder: PathBuf) -> Option<Read> {
+    if !folder.join(RECORD).exists() {
+        return None;
+    }
+    let damaged = |serial, why| Some(Read::Damaged { serial, why });
+    let Ok(in_use) = File::open(folder.join(USED)) else { return damaged(None, format!("{USED} is missing")) };
+    // What was being removed is gone under this name once the lock is there.
+    if rustix::fs::flock(&in_use, FlockOperation::LockShared).is_err() || !folder.join(RECORD).exists() {
+        return None;
+    }
+    match read(&folder) {
+        Ok(sealed) => match check(&folder, &sealed) {
+            Ok(()) => {
+                let _ = in_use.set_modified(std::time::SystemTime::now());
+                Some(Read::Whole(Box::new(Layer { folder, sealed, _in_use: in_use })))
+            }
+            Err(why) => damaged(Some(sealed.record.serial), why),
+        },
+        Err(why) => damaged(None, why),
+    }
+}
+
+/// What was found in a layer's folder.
+enum Read {
+    Whole(Box<Layer>),
+    /// It can't be used; none: not even its serial number is known.
+    Damaged {
+        serial: Option<u64>,
+        why: String,
+    },
+}
+
+/// Of what has one key, the newest making. One that can't be used is not replaced by an older one, which it may have been
+/// made to replace.
+fn shelf(found: Vec<Read>) -> Shelf {
+    let serial = |read: &Read| match read {
+        Read::Whole(layer) => layer.record().serial,
+        Read::Damaged { serial, .. } => serial.unwrap_or(u64::MAX),
+    };
+    let newest = found.iter().map(serial).max();
+    let mut shelf = Shelf::default();
+    for read in found.into_iter().filter(|read| Some(serial(read)) == newest) {
+        match read {
+            Read::Whole(layer) => shelf.layers.push(*layer),
+            Read::Damaged { why, .. } => shelf.damaged = Some(why),
+        }
+    }
+    shelf
 }
 
 /// Whether the open file, or folder, is what the path leads to.
@@ -356,7 +416,8 @@ pub(super) fn key_of(id: &str) -> &str {
     id.split('-').next().unwrap_or_default()
 }
 
-/// Makes the record of a layer that was brought here say what its files are here.
+/// Makes the record of a layer that was brought here say what its files are here. It takes no layer's place that is here
+/// already, and none takes its place.
 pub(super) fn adopt(store: &Store, folder: &Path) -> io::Result<()> {
     let mut sealed: Sealed = serde_json::from_slice(&std::fs::read(folder.join(RECORD))?)?;
     if sealed.record.format != FORMAT {
@@ -367,6 +428,7 @@ pub(super) fn adopt(store: &Store, folder: &Path) -> io::Result<()> {
     for (machine, memory) in &mut sealed.memory {
         *memory = identity(&memory_path(folder, machine))?;
     }
+    sealed.record.serial = store.newest_serial(&sealed.record.key).max(1);
     std::fs::write(folder.join(USED), "")?;
     store.write_json(&folder.join(RECORD), &sealed)
 }
@@ -387,9 +449,11 @@ fn read(folder: &Path) -> Result<Sealed, String> {
     if sealed.record.key != key_of(&folder.file_name().unwrap_or_default().to_string_lossy()) {
         return Err("it says that it is another one".to_owned());
     }
-    let disk = std::fs::metadata(folder.join(DISK)).map_err(|error| format!("{DISK}: {error}"))?;
-    if Identity::from(&disk) != sealed.disk {
-        return Err(format!("{DISK} was changed"));
-    }
     Ok(sealed)
+}
+
+/// Whether the disk is the one that was kept.
+fn check(folder: &Path, sealed: &Sealed) -> Result<(), String> {
+    let disk = std::fs::metadata(folder.join(DISK)).map_err(|error| format!("{DISK}: {error}"))?;
+    if Identity::from(&disk) == sealed.disk { Ok(()) } else { Err(format!("{DISK} was changed")) }
 }

@@ -5,6 +5,7 @@
 //! CACHE/bases/SHA256/blocks     its block map as it was unpacked, for `--verify`
 //! CACHE/layers/KEY-RANDOM/      the disk, and perhaps the guest's memory, after a step
 //! CACHE/locks/KEY               held by the kiln that is making the layer
+//! CACHE/gc.lock                 held while layers get their names, or are removed
 //! CACHE/known/ID[.disk]         digests of files, and of disks that were built, that have not changed since
 //! CACHE/work/RANDOM/            one running kiln's scratch, with a lock for as long as it runs
 //! CACHE/accelerator.json        what the probe found, for this boot of the host
@@ -32,7 +33,7 @@ pub use base::Imported;
 pub use gc::{Entry, Kind, Limits};
 pub use known::Identity;
 pub(crate) use layer::same_file;
-pub use layer::{CLAIM_LOOK, Claim, DISK as LAYER_DISK, Layer, Lookup, Pending, Record};
+pub use layer::{CLAIM_LOOK, Claim, DISK as LAYER_DISK, Layer, Making, Pending, Placed, Record, Shelf};
 pub use transfer::Transferred;
 pub(crate) use verify::{BLOCKS, differences, pass};
 
@@ -123,6 +124,11 @@ impl Store {
             }
         }
     }
+}
+
+/// The raw disk of a base as the overlays in scratch folders and layers name it.
+pub(crate) fn base_from_work(sha256: &str) -> PathBuf {
+    Path::new("../../bases").join(sha256).join("disk.raw")
 }
 
 /// Makes a folder with a lock in it that is held for as long as the returned value lives.

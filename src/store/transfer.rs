@@ -44,17 +44,23 @@ pub struct Transferred {
 }
 
 impl Store {
-    /// Writes the base and those of its layers with these keys that are kept to the file `out`, with all that they are
-    /// over. A file that is there is replaced once the new one is whole.
+    /// Writes the bases and the layers, with all that they are over, to the file `out`. A file that is there is replaced
+    /// once the new one is whole.
     ///
     /// # Errors
     /// When a file can't be read or written, or the work is cancelled.
-    pub fn export(&self, base: &[Imported], keys: &[&str], out: &Path, cancel: &Cancel) -> Result<Transferred, Error> {
+    pub fn export(
+        &self,
+        bases: &[Imported],
+        layers: Vec<Layer>,
+        out: &Path,
+        cancel: &Cancel,
+    ) -> Result<Transferred, Error> {
         let failed = |error: io::Error| match cancel.check() {
             Err(cancelled) => cancelled.into(),
             Ok(()) => Error::io(format!("cannot write `{}`", out.display()), &error),
         };
-        let layers = self.chains(keys);
+        let layers = self.with_backing(layers);
         let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let mut file = tempfile::Builder::new().prefix(".kiln-cache-").tempfile_in(parent).map_err(failed)?;
         let info = FrameInfo::new().content_checksum(true).block_checksums(true);
@@ -68,7 +74,7 @@ impl Store {
             header.set_mode(0o644);
             header.set_size(head.len() as u64);
             tar.append_data(&mut header, HEAD, &head[..])?;
-            for base in base.iter().filter(|base| seen.insert(base.sha256.clone())) {
+            for base in bases.iter().filter(|base| seen.insert(base.sha256.clone())) {
                 append(&mut tar, base.disk.parent().unwrap_or(Path::new("")), &Path::new("bases").join(&base.sha256))?;
             }
             for layer in &layers {
@@ -86,19 +92,19 @@ impl Store {
         Ok(Transferred { bases, layers: layers.len(), known: 0, bytes })
     }
 
-    /// The layers with these keys that are whole, and what they are over: each once, after what it is over.
-    fn chains(&self, keys: &[&str]) -> Vec<Layer> {
-        let mut layers: Vec<Layer> = Vec::new();
-        for key in keys {
+    /// These layers and what they are over: each once, after what it is over.
+    fn with_backing(&self, layers: Vec<Layer>) -> Vec<Layer> {
+        let mut all: Vec<Layer> = Vec::new();
+        for layer in layers {
             // One that is over something damaged is as good as none.
-            let chain = self.chain(key, None).ok().flatten().unwrap_or_default();
-            for layer in chain {
-                if layers.iter().all(|known| known.id() != layer.id()) {
-                    layers.push(layer);
+            let Ok(backing) = self.backing(&layer) else { continue };
+            for layer in backing.into_iter().chain([layer]) {
+                if all.iter().all(|known| known.id() != layer.id()) {
+                    all.push(layer);
                 }
             }
         }
-        layers
+        all
     }
 
     /// Takes what is in the file into the store, unless it is there already.
@@ -129,6 +135,8 @@ impl Store {
             }
         })?;
         let mut taken = Transferred { bytes, ..Transferred::default() };
+        // What a layer is over is not removed before it has its name.
+        let _naming = self.naming().map_err(|error| Error::io("cannot lock the cache", &error))?;
         for name in order {
             let known = self.take(&place.join(&name), &name)?;
             *(if name.starts_with("bases") { &mut taken.bases } else { &mut taken.layers }) += 1;

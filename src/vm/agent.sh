@@ -5,16 +5,18 @@
 # streams in, kiln.out carries what steps print. Every command has a nonce that only kiln and this shell know; it is
 # never in a step's environment, arguments or open files, so a step can't forge an answer.
 #
-#   in   run NONCE BYTES sh|exec NAME  BYTES of tar on kiln.in, all in the folder NAME; runs NAME/.kiln/step there
+#   in   run NONCE BYTES sh|exec FOLDER NAME...   BYTES of tar on kiln.in, all in FOLDER; runs FOLDER/.kiln/step there. NAME
+#                                     is for the console's log: a step does not see it
 #        own NONCE WORDS...           runs what the drive brought before this script, in a shell that is there already
 #        put NONCE BYTES USER GROUP DIR/   BYTES of tar on kiln.in, unpacked into DIR (the rest of the line)
 #        freeze NONCE once|whatever   unmounts every filesystem or makes it read-only; nothing is written after the answer.
 #                                     What is in use is refused as busy, or the root is frozen as it is
-#        sync NONCE                   writes out what the guest holds in memory for its disk
+#        sync NONCE                   writes out what the guest holds in memory for its disk; the answer ends in WORDS
+#                                     that name what it has besides its disk and would not have after a boot
 #        halt NONCE                   shuts the guest down
 #        wake NONCE EPOCH SEED        the guest's memory was saved and is back: sets the clock, draws new random numbers
 #   out  ready VERSION UPTIME savable|unsavable   whether it can draw new random numbers after a restore
-#        done NONCE STATUS FREE_KIB   ended; STATUS of the step, space left on /
+#        done NONCE STATUS FREE_KIB [WORDS]   ended; STATUS of the step, space left on /
 #        fail NONCE WHY               it could not even be tried
 set -u
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
@@ -66,7 +68,7 @@ finish() { # NONCE STATUS: the mark on kiln.out says that all output before it h
 }
 
 # Few programs are started here: each takes 40 ms under software emulation, several times what it does.
-run() { # NONCE BYTES sh|exec NAME: all of the archive is in the folder NAME
+run() { # NONCE BYTES sh|exec FOLDER: all of the archive is in FOLDER
     # A small step lives in memory, so that its secrets never touch the disk; a large one would not fit.
     place=/run/kiln
     [ "$2" -le 33554432 ] || place=/var/tmp
@@ -124,6 +126,75 @@ put() { # NONCE BYTES USER GROUP DIR/
     status=$?
     if command -v selinuxenabled >/dev/null && selinuxenabled; then restorecon -R "$5"; fi
     finish "$1" "$status"
+}
+
+# What the guest has besides its disk, one thing a line, details after a tab: units, processes that steps left behind,
+# mounts, devices, routes, a host name of its own, firewall rules, and files that a boot removes or makes anew, with their
+# sizes: a reload of systemd's units writes some again. What systemd itself has in /run may change at any time. The kernel's
+# settings are left out: reading them takes half a second under software emulation, so kiln goes by the text of the step.
+newline='
+'
+tab=$(printf '\t')
+volatile() {
+    for link in /run/systemd/units/invocation:*; do echo "${link##*/invocation:}"; done
+    if [ -r "$group/cgroup.procs" ]; then
+        while read -r pid; do
+            name=
+            [ ! -r "/proc/$pid/comm" ] || read -r name <"/proc/$pid/comm"
+            echo "process $name$tab$pid"
+        done <"$group/cgroup.procs"
+    fi
+    IFS=$newline
+    # shellcheck disable=SC2013 # lines, by IFS: read takes a system call for each byte
+    for line in $(cat /proc/mounts /proc/swaps /proc/partitions /proc/net/route 2>/dev/null); do
+        case $line in
+            *' 0 0')
+                place=${line#* }
+                echo "mount ${place%% *}$tab$line"
+                ;;
+            *) echo "a device or route$tab$line" ;;
+        esac
+    done
+    unset IFS
+    own='' now=''
+    [ ! -r /etc/hostname ] || read -r own </etc/hostname
+    read -r now </proc/sys/kernel/hostname
+    [ "$now" = "$own" ] || echo "host name $now"
+    for module in /sys/module/nf_tables /sys/module/iptable_*; do [ ! -d "$module" ] || echo "${module##*/} rules"; done
+    set --
+    for place in /tmp /run /run/lock /dev/shm /dev/mqueue /run/systemd/system; do [ ! -d "$place" ] || set -- "$@" "$place"; done
+    find "$@" -xdev \
+        '(' -path /run/kiln -o -path /run/systemd -o -path /run/udev -o -path /run/log -o -path /run/credentials ')' -prune \
+        -o -type d -printf '%p/\n' -o -printf '%p\t%s\n' 2>/dev/null || echo "files that find can't list"
+}
+
+# Called before the first thing that may change it.
+booted=
+remember() { [ -n "$booted" ] || booted=$(volatile); }
+
+lines_without() { # TEXT OTHER: the lines of TEXT that OTHER lacks
+    for line in $1; do
+        case $newline$2$newline in *"$newline$line$newline"*) ;; *) echo "$line" ;; esac
+    done
+}
+
+# What a boot of the disk would not bring back: the first few things, on one line.
+left_behind() {
+    now=$(volatile)
+    [ "$now" != "$booted" ] || return 0
+    words=
+    IFS=$newline
+    set -f
+    # shellcheck disable=SC2046 # lines, by IFS
+    set -- $(lines_without "$now" "$booted") $(lines_without "$booted" "$now")
+    while [ $# -gt 0 ] && [ "${#words}" -lt 120 ]; do
+        name=${1%%"$tab"*}
+        case "; $words; " in *"; $name; "*) ;; *) words="$words${words:+; }$name" ;; esac
+        shift
+    done
+    set +f
+    unset IFS
+    echo "${words:-the order of things}"
 }
 
 # Two restores of one memory must not draw the same random numbers. Newer kernels see to it (vmgenid); others are told
@@ -244,9 +315,17 @@ while read -r command nonce rest <&3; do
     [ "$command" = run ] || wait
     # shellcheck disable=SC2086 # fields are split here on purpose; none has blanks but put's and own's last
     case $command in
-        run) run "$nonce" $rest ;;
+        run)
+            remember
+            # Three fields, and a name of any characters.
+            bytes=${rest%% *} rest=${rest#* }
+            how=${rest%% *} rest=${rest#* }
+            [ -z "${rest#* }" ] || echo "kiln: ${rest#* }"
+            run "$nonce" "$bytes" "$how" "${rest%% *}"
+            ;;
         own) own "$nonce" "$rest" ;;
         put)
+            remember
             read -r bytes user group_name place <<END
 $rest
 END
@@ -254,8 +333,11 @@ END
             ;;
         freeze) freeze "$nonce" "$rest" ;;
         sync)
-            sync
-            answer "done" "$nonce" 0 0
+            sync &
+            remember
+            left=$(left_behind)
+            wait
+            answer "done" "$nonce" 0 0 "$left"
             ;;
         wake) wake "$nonce" $rest ;;
         halt)

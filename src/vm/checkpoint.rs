@@ -28,12 +28,12 @@ const LOOK: Duration = Duration::from_millis(5);
 const SAVE_SOCKET: &str = "memory-out";
 
 /// What saving a guest cost.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Saved {
     /// How long the guest stood still.
     pub took: Duration,
-    /// Bytes of memory and devices before they were compressed.
-    pub bytes: u64,
+    /// Bytes of memory and devices before they were compressed, 0 without memory; or why the file could not be written.
+    pub memory: io::Result<u64>,
 }
 
 impl Machine {
@@ -43,7 +43,7 @@ impl Machine {
     /// `node` names the block node that is written now, `next` the new one. `folder` is where QEMU runs.
     ///
     /// # Errors
-    /// When QEMU refuses or dies, or the file can't be written. The guest may stand still then.
+    /// When QEMU refuses or dies. The guest may stand still then.
     pub fn checkpoint(
         &mut self,
         (node, next): (String, String),
@@ -60,16 +60,15 @@ impl Machine {
         });
         self.monitor("blockdev-add", &overlay)?;
         self.monitor("blockdev-snapshot", &json!({ "node": node, "overlay": next }))?;
-        let bytes = match (memory, self.memory.clone()) {
+        let memory = match (memory, self.memory.clone()) {
             (Some(path), Some(memory)) => self.save(&memory, path, folder)?,
-            _ => 0,
+            _ => Ok(0),
         };
         self.monitor("cont", &json!({}))?;
-        Ok(Saved { took: started.elapsed(), bytes })
+        Ok(Saved { took: started.elapsed(), memory })
     }
 
-    fn save(&mut self, memory: &GuestMemory, path: &Path, folder: &Path) -> Result<u64, Error> {
-        let failed = "cannot write the guest's memory";
+    fn save(&mut self, memory: &GuestMemory, path: &Path, folder: &Path) -> Result<io::Result<u64>, Error> {
         let (devices, keeping) = std::thread::scope(|scope| {
             let keeping = scope.spawn(|| memory.keep(path));
             let devices = self.devices(folder).and_then(|devices| {
@@ -84,7 +83,7 @@ impl Machine {
         });
         // Whatever ended the wait is the reason why the memory was given up.
         let devices = devices?;
-        keeping.and_then(|keeping| keeping.end(&devices)).map_err(Error::io(failed))
+        Ok(keeping.and_then(|keeping| keeping.end(&devices)))
     }
 
     /// Waits for a thread, and hears of all that may happen to the guest meanwhile.

@@ -17,6 +17,8 @@ use crate::units::hex;
 pub const AGENT: &str = include_str!("agent.sh");
 /// The agent's answer to being started: its protocol's version.
 const READY: &str = "ready 1 ";
+/// The longest list of what a guest has besides its disk, in characters. A guest may say anything.
+const MOST_WORDS: usize = 200;
 
 /// A guest whose agent is ready.
 pub struct Guest {
@@ -145,15 +147,16 @@ impl Guest {
         Ok(guest)
     }
 
-    /// Has the guest write out what it holds in memory for its disk.
+    /// Has the guest write out what it holds in memory for its disk. Returned is what it has besides its disk that a boot
+    /// of the disk would not bring back, as text for people; empty if there is nothing.
     ///
     /// # Errors
     /// When it doesn't.
-    pub fn sync(&mut self, limit: Duration) -> Result<(), Error> {
+    pub fn sync(&mut self, limit: Duration) -> Result<String, Error> {
         let nonce = random()?;
         self.command(&format!("sync {nonce}"))?;
-        self.answer("the guest to write out its disk", &nonce, limit, Prints::Nothing)?;
-        Ok(())
+        let (_, words) = self.answer("the guest to write out its disk", &nonce, limit, Prints::Nothing)?;
+        Ok(words.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MOST_WORDS).collect())
     }
 
     /// See [`Machine::checkpoint`].
@@ -171,7 +174,7 @@ impl Guest {
     }
 
     /// Runs `.kiln/step` of the archive, which is all in `folder`, there: by `sh -eu`, or by itself if it has a shebang.
-    /// `what` is named when it takes too long.
+    /// `what` is named when it takes too long, `name` in the console's log.
     ///
     /// # Errors
     /// When the guest fails; a step that fails is not an error here.
@@ -179,12 +182,12 @@ impl Guest {
         &mut self,
         what: &str,
         archive: Archive,
-        folder: &str,
+        (folder, name): (&str, &str),
         shebang: bool,
         sink: Box<dyn Sink>,
         limit: Duration,
     ) -> Result<Ended, Error> {
-        let rest = format!("{} {folder}", if shebang { "exec" } else { "sh" });
+        let rest = format!("{} {folder} {name}", if shebang { "exec" } else { "sh" });
         self.stream("run", what, archive, &rest, sink, limit)
     }
 
@@ -221,7 +224,7 @@ impl Guest {
     /// The name of a folder that no archive had yet.
     pub fn fresh_folder(&mut self) -> String {
         self.folders += 1;
-        format!("step-{}-{}", std::process::id(), self.folders)
+        format!("run-{}", self.folders)
     }
 
     /// Unpacks the archive into `folder` of the guest (made if missing).
@@ -306,7 +309,7 @@ impl Guest {
     fn printed(&mut self, what: &str, nonce: &str, limit: Duration) -> Result<Ended, Error> {
         let ended = self.answer(what, nonce, limit, Prints::Output);
         let _ = self.machine.agent.as_ref().map(|agent| agent.output.end());
-        let mut ended = ended?;
+        let (mut ended, _) = ended?;
         ended.out_of_memory = self.machine.out_of_memory();
         Ok(ended)
     }
@@ -322,8 +325,8 @@ impl Guest {
         })
     }
 
-    /// The agent's answer, once the output that belongs to it has arrived as well.
-    fn answer(&mut self, what: &str, nonce: &str, limit: Duration, prints: Prints) -> Result<Ended, Error> {
+    /// The agent's answer and the words at its end, once the output that belongs to it has arrived as well.
+    fn answer(&mut self, what: &str, nonce: &str, limit: Duration, prints: Prints) -> Result<(Ended, String), Error> {
         let mut ended = None;
         let mut output_ended = false;
         self.machine.wait_for(what, limit, |signal| {
@@ -334,7 +337,9 @@ impl Guest {
                     None => {}
                 },
                 Signal::OutputEnd(end) => output_ended |= end == nonce,
-                Signal::Enough => return Some(Ok(Ended { status: 0, free_kib: 0, out_of_memory: false })),
+                Signal::Enough => {
+                    return Some(Ok((Ended { status: 0, free_kib: 0, out_of_memory: false }, String::new())));
+                }
                 _ => {}
             }
             if output_ended || prints == Prints::Nothing { ended.take() } else { None }
@@ -349,18 +354,19 @@ enum Prints {
     Nothing,
 }
 
-/// What an answer says to the command with `nonce`; `None` if it is not an answer to it.
-fn parse(line: &str, nonce: &str) -> Option<Result<Ended, Error>> {
+/// What an answer says to the command with `nonce`, and the words at its end; `None` if it is not an answer to it.
+fn parse(line: &str, nonce: &str) -> Option<Result<(Ended, String), Error>> {
     let (kind, rest) = line.split_once(' ')?;
     let rest = rest.strip_prefix(nonce)?;
     match kind {
         "fail" => Some(Err(Error::Refused(rest.trim().to_owned()))),
         "done" => {
-            let mut numbers = rest.split_whitespace();
-            let status = numbers.next().and_then(|status| status.parse().ok());
-            let free_kib = numbers.next().and_then(|free| free.parse().ok()).unwrap_or(0);
+            let mut fields = rest.trim_start().splitn(3, ' ');
+            let status = fields.next().and_then(|status| status.trim().parse().ok());
+            let free_kib = fields.next().and_then(|free| free.trim().parse().ok()).unwrap_or(0);
+            let words = fields.next().unwrap_or_default().trim().to_owned();
             Some(match status {
-                Some(status) => Ok(Ended { status, free_kib, out_of_memory: false }),
+                Some(status) => Ok((Ended { status, free_kib, out_of_memory: false }, words)),
                 None => Err(Error::Protocol(line.to_owned())),
             })
         }
@@ -370,6 +376,14 @@ fn parse(line: &str, nonce: &str) -> Option<Result<Ended, Error>> {
 
 fn random() -> Result<String, Error> {
     nonce().map_err(Error::io("cannot read random numbers"))
+}
+
+/// A name that nothing else has.
+///
+/// # Errors
+/// When the host has no random numbers.
+pub fn random_id() -> Result<String, Error> {
+    random()
 }
 
 /// 128 random bits that no guest can guess.
@@ -385,8 +399,10 @@ mod tests {
 
     #[test]
     fn answers_are_told_from_forgeries() {
-        let ended = parse("done abc 100 2048", "abc").unwrap().unwrap();
-        assert_eq!(ended, Ended { status: 100, free_kib: 2048, out_of_memory: false });
+        let ended = Ended { status: 100, free_kib: 2048, out_of_memory: false };
+        assert_eq!(parse("done abc 100 2048", "abc").unwrap().unwrap(), (ended, String::new()));
+        let answer = parse("done abc 100 2048 web.service; mount /mnt\r", "abc").unwrap().unwrap();
+        assert_eq!(answer, (ended, "web.service; mount /mnt".to_owned()));
         assert!(parse("done other 0 0", "abc").is_none());
         assert!(parse("done", "abc").is_none());
         assert!(matches!(parse("fail abc no user", "abc"), Some(Err(Error::Refused(why))) if why == "no user"));

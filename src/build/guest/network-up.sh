@@ -14,7 +14,8 @@ address replace $KILN_ADDRESS dev $card
 route replace default via $KILN_GATEWAY dev $card
 END
 
-# On the disk, because a build may go on from the disk alone after this boot. Beside it, so that it is only renamed.
+# On the disk, because a build may go on from the disk alone after this boot. What was there is renamed, and once it has
+# been, the file is left alone: after a boot it is kiln's still, or a step has made one of its own.
 saved=/etc/.kiln-resolv.conf
 if [ ! -e "$saved" ] && [ ! -L "$saved" ] && [ ! -e "$saved.none" ]; then
     if [ -e /etc/resolv.conf ] || [ -L /etc/resolv.conf ]; then
@@ -22,8 +23,6 @@ if [ ! -e "$saved" ] && [ ! -L "$saved" ] && [ ! -e "$saved.none" ]; then
     else
         : >"$saved.none"
     fi
+    # shellcheck disable=SC2153
+    echo "nameserver $KILN_NAME_SERVER" >/etc/resolv.conf
 fi
-# Not through a link that a step has put there meanwhile.
-[ ! -L /etc/resolv.conf ] || rm -f /etc/resolv.conf
-# shellcheck disable=SC2153
-echo "nameserver $KILN_NAME_SERVER" >/etc/resolv.conf
