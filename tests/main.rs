@@ -4,6 +4,7 @@
 
 mod cli;
 mod failures;
+mod guest;
 mod kills;
 mod life;
 mod many;

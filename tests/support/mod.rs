@@ -2,6 +2,7 @@
 
 mod aws;
 mod base;
+mod guest;
 mod proxy;
 mod terminal;
 
@@ -16,6 +17,7 @@ use serde_json::{Value, json};
 
 pub(crate) use aws::Aws;
 pub(crate) use base::{Base, append_data, append_hole, append_noise, tool, write_base};
+pub(crate) use guest::{guest, guest_state};
 pub(crate) use proxy::{Deed, Harm, Proxy, Way};
 pub(crate) use terminal::Terminal;
 
