@@ -9,6 +9,7 @@ mod kills;
 mod life;
 mod many;
 mod memory;
+mod model;
 mod publish;
 mod real;
 mod rehearse;
