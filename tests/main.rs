@@ -15,6 +15,7 @@ mod real;
 mod rehearse;
 mod shell;
 mod signals;
+mod stress;
 mod support;
 mod tidy;
 mod verify;

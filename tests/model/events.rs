@@ -149,7 +149,7 @@ fn chmod(world: &mut World) -> String {
 
 fn touch_file(world: &mut World) -> String {
     let file = world.pick_file();
-    let moved = touch(&world.bench.path("recipe").join(&file), &mut world.dice);
+    let moved = touch(&world.bench.path("recipe").join(&file), &mut world.dice).unwrap();
     format!("{file} {moved}")
 }
 
@@ -223,7 +223,7 @@ fn clock_jumps(world: &mut World) -> String {
     records.extend(world.in_layers("used"));
     let moved = records.iter().filter(|_| world.dice.once_in(2)).cloned().collect::<Vec<_>>();
     for path in &moved {
-        touch(path, &mut world.dice);
+        touch(path, &mut world.dice).unwrap();
     }
     format!("for {} files", moved.len())
 }

@@ -41,7 +41,7 @@ const SOURCES: [(&str, &str); 8] = [
     ("copied-links", "inputs/folder-link/"),
     ("dot", "."),
 ];
-pub(super) const SCRIPTS: [&str; 2] = [TAKES, "scripts/b"];
+pub(crate) const SCRIPTS: [&str; 2] = [TAKES, "scripts/b"];
 /// The script that takes the file next to it, `data`.
 pub(super) const TAKES: &str = "scripts/a";
 
@@ -131,6 +131,17 @@ impl Recipe {
         recipe
     }
 
+    /// Another recipe that begins with the same steps.
+    pub(crate) fn varied(&self, name: &'static str, dice: &mut Dice, on: &Switches) -> Self {
+        let mut other = Self { name, ..self.clone() };
+        other.steps.truncate(1 + dice.below(self.steps.len()));
+        for _ in 0..2 {
+            let step = other.random_step(dice, on);
+            other.steps.push(step);
+        }
+        other
+    }
+
     /// A name that no step has.
     pub(super) fn fresh_name(&self, dice: &mut Dice) -> &'static str {
         let taken = |name: &str| self.steps.iter().any(|step| step.name == name);
@@ -142,14 +153,18 @@ impl Recipe {
         if self.steps.len() == MOST_STEPS {
             return;
         }
-        let step = Step {
+        let step = self.random_step(dice, on);
+        self.steps.insert(dice.below(self.steps.len() + 1), step);
+    }
+
+    fn random_step(&self, dice: &mut Dice, on: &Switches) -> Step {
+        Step {
             name: self.fresh_name(dice),
             action: action(dice, on),
             cache: !(on.has("uncached") && dice.once_in(10)),
             reboot: on.has("reboot") && dice.once_in(10),
             checkpoint: dice.pick(&[None, Some(true), Some(true), Some(false)]),
-        };
-        self.steps.insert(dice.below(self.steps.len() + 1), step);
+        }
     }
 
     pub(super) fn edit(&mut self, dice: &mut Dice, on: &Switches) {

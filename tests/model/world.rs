@@ -103,14 +103,7 @@ impl World {
             dice,
             on,
         };
-        for (name, content) in [("a", "one"), ("b", "two"), ("tree/x", "one"), ("tree/sub/y", "two")] {
-            world.bench.write(&format!("recipe/inputs/{name}"), content);
-        }
-        world.bench.write("recipe/inputs/big", "b".repeat(70_000));
-        for (name, target) in [("tree/link", "x"), ("link", "a"), ("folder-link", "tree")] {
-            std::os::unix::fs::symlink(target, world.bench.path("recipe/inputs").join(name)).unwrap();
-        }
-        world.bench.write("recipe/scripts/data", "one");
+        write_inputs(&world.bench, "recipe");
         for script in SCRIPTS {
             world.write_script(script);
         }
@@ -120,10 +113,7 @@ impl World {
 
     /// Gives a script other lines.
     pub(super) fn write_script(&mut self, script: &str) {
-        let mut text = recipe::script(&mut self.dice, &self.on).join("\n");
-        if script == TAKES {
-            text.push_str("\ntake data /taken-data");
-        }
+        let text = self::script(script, &mut self.dice, &self.on);
         self.bench.write(&format!("recipe/{script}"), text);
     }
 
@@ -322,6 +312,27 @@ impl World {
     }
 }
 
+/// Writes what steps may take in, but for the scripts.
+pub(crate) fn write_inputs(bench: &Bench, folder: &str) {
+    for (name, content) in [("a", "one"), ("b", "two"), ("tree/x", "one"), ("tree/sub/y", "two")] {
+        bench.write(&format!("{folder}/inputs/{name}"), content);
+    }
+    bench.write(&format!("{folder}/inputs/big"), "b".repeat(70_000));
+    for (name, target) in [("tree/link", "x"), ("link", "a"), ("folder-link", "tree")] {
+        std::os::unix::fs::symlink(target, bench.path(folder).join("inputs").join(name)).unwrap();
+    }
+    bench.write(&format!("{folder}/scripts/data"), "one");
+}
+
+/// A script's text.
+pub(crate) fn script(path: &str, dice: &mut Dice, on: &Switches) -> String {
+    let mut lines = recipe::script(dice, on);
+    if path == TAKES {
+        lines.push("take data /taken-data".to_owned());
+    }
+    lines.join("\n")
+}
+
 /// Regular files, not those that a link leads to.
 fn list(root: &Path, folder: &Path, files: &mut Vec<String>) {
     let entries = std::fs::read_dir(root.join(folder)).unwrap().map(|entry| entry.unwrap().file_name());
@@ -338,7 +349,7 @@ fn list(root: &Path, folder: &Path, files: &mut Vec<String>) {
 }
 
 /// What differs between two guests' documents, a line each.
-pub(super) fn differences(on: &Switches, warm: &Value, cold: &Value) -> Vec<String> {
+pub(crate) fn differences(on: &Switches, warm: &Value, cold: &Value) -> Vec<String> {
     let empty = serde_json::Map::new();
     let files = |state: &Value| state["files"].as_object().unwrap_or(&empty).clone();
     let (left, right) = (files(warm), files(cold));
@@ -364,13 +375,13 @@ pub(super) fn differences(on: &Switches, warm: &Value, cold: &Value) -> Vec<Stri
 }
 
 /// Moves a file's time of modification, into the past or the future.
-pub(super) fn touch(path: &Path, dice: &mut Dice) -> String {
-    let day = Duration::from_secs(86_400);
-    let days = u32::try_from(dice.below(1000)).unwrap();
-    let (time, way) = match dice.once_in(2) {
-        true => (SystemTime::now() - day * days, "back"),
-        false => (SystemTime::now() + day * days, "ahead"),
-    };
-    std::fs::File::open(path).unwrap().set_modified(time).unwrap();
-    format!("{} days {way}", days)
+///
+/// # Errors
+/// When the file is not there any more.
+pub(crate) fn touch(path: &Path, dice: &mut Dice) -> std::io::Result<String> {
+    let offset = Duration::from_secs(86_400 * dice.below(1000) as u64);
+    let back = dice.once_in(2);
+    let time = if back { SystemTime::now() - offset } else { SystemTime::now() + offset };
+    std::fs::File::open(path)?.set_modified(time)?;
+    Ok(format!("{} days {}", offset.as_secs() / 86_400, if back { "back" } else { "ahead" }))
 }

@@ -4,6 +4,7 @@ mod aws;
 mod base;
 mod guest;
 mod proxy;
+mod small;
 mod terminal;
 
 use std::ffi::OsStr;
@@ -19,6 +20,7 @@ pub(crate) use aws::Aws;
 pub(crate) use base::{Base, append_data, append_hole, append_noise, tool, write_base};
 pub(crate) use guest::{guest, guest_state};
 pub(crate) use proxy::{Deed, Harm, Proxy, Way};
+pub(crate) use small::SmallFilesystem;
 pub(crate) use terminal::Terminal;
 
 /// Nothing here takes longer unless it hangs.
