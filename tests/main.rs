@@ -4,15 +4,18 @@
 
 mod cli;
 mod failures;
+mod guest;
 mod kills;
 mod life;
 mod many;
 mod memory;
+mod model;
 mod publish;
 mod real;
 mod rehearse;
 mod shell;
 mod signals;
+mod stress;
 mod support;
 mod tidy;
 mod verify;

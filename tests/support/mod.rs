@@ -2,7 +2,9 @@
 
 mod aws;
 mod base;
+mod guest;
 mod proxy;
+mod small;
 mod terminal;
 
 use std::ffi::OsStr;
@@ -16,7 +18,9 @@ use serde_json::{Value, json};
 
 pub(crate) use aws::Aws;
 pub(crate) use base::{Base, append_data, append_hole, append_noise, tool, write_base};
+pub(crate) use guest::{guest, guest_state};
 pub(crate) use proxy::{Deed, Harm, Proxy, Way};
+pub(crate) use small::SmallFilesystem;
 pub(crate) use terminal::Terminal;
 
 /// Nothing here takes longer unless it hangs.
@@ -180,6 +184,11 @@ impl Bench {
         self.qemus().into_iter().any(is_fake_qemu)
     }
 
+    /// Whether any fake QEMU has left a trace of this kind.
+    pub(crate) fn any_trace(&self, prefix: &str) -> bool {
+        !self.traces(prefix).is_empty()
+    }
+
     /// Removes what the fake QEMUs left; none may run.
     pub(crate) fn forget(&self) {
         for name in self.names("traces") {
@@ -221,6 +230,12 @@ pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 impl Kiln {
     pub(crate) fn env(mut self, key: &str, value: impl AsRef<OsStr>) -> Self {
         self.command.env(key, value);
+        self
+    }
+
+    /// In another folder than the bench's.
+    pub(crate) fn within(mut self, folder: &Path) -> Self {
+        self.command.current_dir(folder);
         self
     }
 
@@ -300,6 +315,11 @@ impl Running {
 
     pub(crate) fn signal(&self, signal: Signal) {
         rustix::process::kill_process(self.pid(), signal).unwrap();
+    }
+
+    /// Whether it has ended.
+    pub(crate) fn is_over(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_some()
     }
 
     /// As Ctrl-C does at a terminal: to every process of the job.

@@ -1,0 +1,255 @@
+//! Random recipes. Their parts come from small pools, so that what a build needs was often kept by an earlier one.
+
+use std::fmt::Write as _;
+
+use super::dice::Dice;
+use super::world::Switches;
+
+const NAMES: [&str; 8] = ["ash", "birch", "cedar", "elm", "fir", "larch", "oak", "pine"];
+const VALUES: [&str; 3] = ["one", "two", "three"];
+const COLOURS: [&str; 2] = ["red", "it's blue"];
+const MOST_STEPS: usize = 6;
+/// What a step does besides writing files, and under which switch. `@` is a letter.
+const LINES: [(&str, &str); 18] = [
+    ("", "write /etc/@ $"),
+    ("", "append /log/@ $"),
+    ("", "remove /etc/@"),
+    ("", "print $"),
+    ("", "var COLOUR /seen/colour-@"),
+    ("env", "env /seen/env-@"),
+    ("names", "var KILN_NAME /seen/name-@"),
+    ("names", "var KILN_STEP /seen/step-@"),
+    ("epoch", "var SOURCE_DATE_EPOCH /seen/epoch-@"),
+    ("volatile", "start service-@"),
+    ("volatile", "stop service-@"),
+    ("volatile", "enable service-@"),
+    ("volatile", "services /seen/services-@"),
+    ("volatile", "tmp @ $"),
+    ("volatile", "from-tmp @ /seen/tmp-@"),
+    ("volatile", "mount /mnt/@"),
+    ("volatile", "mounts /seen/mounts-@"),
+    ("processors", "processors /seen/processors"),
+];
+/// What a copy copies, and under which switch.
+const SOURCES: [(&str, &str); 8] = [
+    ("", "inputs/a"),
+    ("", "inputs/big"),
+    ("", "inputs/tree"),
+    ("", "inputs/tree/"),
+    ("", "inputs/tree/sub"),
+    ("copied-links", "inputs/link"),
+    ("copied-links", "inputs/folder-link/"),
+    ("dot", "."),
+];
+pub(crate) const SCRIPTS: [&str; 2] = [TAKES, "scripts/b"];
+/// The script that takes the file next to it, `data`.
+pub(super) const TAKES: &str = "scripts/a";
+
+#[derive(Debug, Clone)]
+pub(crate) struct Recipe {
+    pub(crate) name: &'static str,
+    /// A variable of all steps.
+    pub(super) colour: Option<&'static str>,
+    pub(super) steps: Vec<Step>,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Step {
+    pub(super) name: &'static str,
+    pub(super) action: Action,
+    pub(super) cache: bool,
+    pub(super) reboot: bool,
+    pub(super) checkpoint: Option<bool>,
+}
+
+#[derive(Debug, Clone)]
+pub(super) enum Action {
+    /// Lines, and whether a file comes with them.
+    Inline {
+        lines: Vec<String>,
+        file: bool,
+        colour: Option<&'static str>,
+    },
+    /// A script's path.
+    Run {
+        script: &'static str,
+    },
+    Copy {
+        from: &'static str,
+        to: &'static str,
+        owner: Option<&'static str>,
+        mode: Option<&'static str>,
+    },
+}
+
+/// A line of a step's script.
+pub(super) fn line(dice: &mut Dice, on: &Switches) -> String {
+    let choices: Vec<_> = LINES.into_iter().filter(|(switch, _)| on.has(switch)).collect();
+    let (_, template) = dice.pick(&choices);
+    let mut text = String::new();
+    for letter in template.chars() {
+        match letter {
+            '@' => text.push_str(dice.pick(&["a", "b"])),
+            '$' => text.push_str(dice.pick(&VALUES)),
+            letter => text.push(letter),
+        }
+    }
+    text
+}
+
+/// A script of a few lines.
+pub(super) fn script(dice: &mut Dice, on: &Switches) -> Vec<String> {
+    (0..=dice.below(3)).map(|_| line(dice, on)).collect()
+}
+
+fn action(dice: &mut Dice, on: &Switches) -> Action {
+    match dice.below(8) {
+        0..4 => Action::Inline {
+            lines: script(dice, on),
+            file: dice.once_in(4),
+            colour: dice.once_in(4).then(|| dice.pick(&COLOURS)),
+        },
+        4 | 5 => Action::Run { script: dice.pick(&SCRIPTS) },
+        _ => {
+            let choices: Vec<_> = SOURCES.into_iter().filter(|(switch, _)| on.has(switch)).collect();
+            Action::Copy {
+                from: dice.pick(&choices).1,
+                to: dice.pick(&["/srv/", "/srv/copy", "/opt/x/"]),
+                owner: dice.once_in(4).then_some("web:33"),
+                mode: dice.once_in(4).then_some("0640"),
+            }
+        }
+    }
+}
+
+impl Recipe {
+    pub(crate) fn random(dice: &mut Dice, on: &Switches) -> Self {
+        let mut recipe = Self { name: "web", colour: None, steps: Vec::new() };
+        for _ in 0..=dice.below(3) {
+            recipe.insert(dice, on);
+        }
+        recipe
+    }
+
+    /// Another recipe that begins with the same steps.
+    pub(crate) fn varied(&self, name: &'static str, dice: &mut Dice, on: &Switches) -> Self {
+        let mut other = Self { name, ..self.clone() };
+        other.steps.truncate(1 + dice.below(self.steps.len()));
+        for _ in 0..2 {
+            let step = other.random_step(dice, on);
+            other.steps.push(step);
+        }
+        other
+    }
+
+    /// A name that no step has.
+    pub(super) fn fresh_name(&self, dice: &mut Dice) -> &'static str {
+        let taken = |name: &str| self.steps.iter().any(|step| step.name == name);
+        let free: Vec<_> = NAMES.into_iter().filter(|name| !taken(name)).collect();
+        dice.pick(&free)
+    }
+
+    pub(super) fn insert(&mut self, dice: &mut Dice, on: &Switches) {
+        if self.steps.len() == MOST_STEPS {
+            return;
+        }
+        let step = self.random_step(dice, on);
+        self.steps.insert(dice.below(self.steps.len() + 1), step);
+    }
+
+    fn random_step(&self, dice: &mut Dice, on: &Switches) -> Step {
+        Step {
+            name: self.fresh_name(dice),
+            action: action(dice, on),
+            cache: !(on.has("uncached") && dice.once_in(10)),
+            reboot: on.has("reboot") && dice.once_in(10),
+            checkpoint: dice.pick(&[None, Some(true), Some(true), Some(false)]),
+        }
+    }
+
+    pub(super) fn edit(&mut self, dice: &mut Dice, on: &Switches) {
+        let index = dice.below(self.steps.len());
+        let step = &mut self.steps[index];
+        match &mut step.action {
+            Action::Inline { lines, .. } if dice.once_in(2) => {
+                let index = dice.below(lines.len());
+                lines[index] = line(dice, on);
+            }
+            action => *action = self::action(dice, on),
+        }
+    }
+
+    /// Changes how a step is kept, or what it is called.
+    pub(super) fn turn(&mut self, dice: &mut Dice, on: &Switches) {
+        let fresh = self.fresh_name(dice);
+        let index = dice.below(self.steps.len());
+        let step = &mut self.steps[index];
+        match dice.below(5) {
+            0 if on.has("reboot") => step.reboot = !step.reboot,
+            1 if on.has("uncached") => step.cache = !step.cache,
+            2 => self.colour = dice.pick(&[None, Some("red"), Some("green")]),
+            3 => step.name = fresh,
+            _ => step.checkpoint = dice.pick(&[None, Some(true), Some(false)]),
+        }
+    }
+
+    /// As TOML.
+    pub(crate) fn text(&self) -> String {
+        let mut text = format!("name = \"{}\"\n", self.name);
+        text.push_str("[base]\nimage = \"../base.raw\"\n[machine]\nnetwork = \"none\"\n");
+        if let Some(colour) = self.colour {
+            let _ = writeln!(text, "[env]\nCOLOUR = \"{colour}\"");
+        }
+        for step in &self.steps {
+            text.push_str(&step.text());
+        }
+        text
+    }
+}
+
+impl Step {
+    fn text(&self) -> String {
+        let mut text = format!("[[provision]]\nname = \"{}\"\n", self.name);
+        let mut add = |key: &str, value: String| {
+            let _ = writeln!(text, "{key} = {value}");
+        };
+        let quoted = |value: &str| format!("\"{value}\"");
+        match &self.action {
+            Action::Inline { lines, file, colour } => {
+                let take = if *file { "take inputs/a /taken\n" } else { "" };
+                add("inline", format!("'''\n{}\n{take}'''", lines.join("\n")));
+                if *file {
+                    add("files", "[\"inputs/a\"]".to_owned());
+                }
+                if let Some(colour) = colour {
+                    add("env", format!("{{ COLOUR = \"{colour}\" }}"));
+                }
+            }
+            Action::Run { script } => {
+                add("run", quoted(script));
+                if *script == TAKES {
+                    add("files", "[\"data\"]".to_owned());
+                }
+            }
+            Action::Copy { from, to, owner, mode } => {
+                add("copy", quoted(from));
+                add("to", quoted(to));
+                for (key, value) in [("owner", owner), ("mode", mode)] {
+                    if let Some(value) = value {
+                        add(key, quoted(value));
+                    }
+                }
+            }
+        }
+        if let Some(checkpoint) = self.checkpoint {
+            add("checkpoint", checkpoint.to_string());
+        }
+        if !self.cache {
+            add("cache", "false".to_owned());
+        }
+        if self.reboot {
+            add("reboot", "true".to_owned());
+        }
+        text
+    }
+}
