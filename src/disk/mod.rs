@@ -17,7 +17,7 @@
 //! | `root`, `fstab` | which partition is the root, and where it wants `/boot` |
 //! | `firmware` | which firmware can start the disk, and for which architecture it is |
 //! | `boot`, `ext`, `version` | kernel and initrd, read out of an ext filesystem |
-//! | `qcow2`, `overlay`, `create` | our own small qcow2: write a fresh overlay, read what QEMU left |
+//! | `qcow2`, `overlay`, `layout`, `create` | our own small qcow2: write a fresh overlay, read what QEMU left |
 //! | `blocks`, `blocks_text` | the block map, its digest and its file |
 //! | `copy` | the parallel pass over data: export, map, verify |
 //! | `draft` | an export that begins before the disk is done |
@@ -40,6 +40,7 @@ mod fstab;
 mod gpt;
 mod guid;
 mod image;
+mod layout;
 mod mbr;
 mod overlay;
 mod probe;
@@ -57,13 +58,13 @@ pub use blocks::{BLOCK, BlockMap, Digest};
 pub use boot::{BootFiles, WhyNot, boot_files, root_file};
 pub(crate) use copy::confirm;
 pub use copy::{Exported, Work, export};
-pub use create::Backing;
 pub use draft::{Draft, known_through};
 pub use error::Error;
 pub use ext::GuestFile;
 pub use firmware::{Arch, BootModes};
 pub use guid::Guid;
 pub use image::{Image, ReadAt};
+pub use layout::Backing;
 pub use overlay::{Extent, ExtentKind, Overlay};
 pub use probe::{Filesystem, FilesystemKind};
 pub use sum::sha256;
