@@ -174,6 +174,57 @@ mod tests {
         assert!(error.contains("it is not over"), "{error}");
     }
 
+    /// How a state of a disk is made: how many states before the last one its parent is, how much larger it is in
+    /// sectors, its clusters, and whether a merged overlay is made of it.
+    type Step = (usize, u64, Vec<(u64, u64, u8)>, bool);
+
+    /// States of a disk with their sizes. The first is the raw disk; overlays directly over it have `size` bytes or more.
+    fn states(shop: &Workshop, size: u64, steps: &[Step]) -> Vec<(PathBuf, u64)> {
+        let base = shop.path("base");
+        let mut states = vec![(base.clone(), size)];
+        for (number, (back, growth, clusters, merged)) in steps.iter().enumerate() {
+            let parent = states.len() - 1 - back % states.len();
+            let (below, size) = (&states[parent].0, states[parent].1 + growth * 512);
+            let backing = if parent == 0 { Backing::Raw(below) } else { Backing::Overlay(below) };
+            let path = shop.path(&format!("{number}.qcow2"));
+            layer(&path, (size, 16), backing, clusters);
+            states.push((path.clone(), size));
+            if *merged {
+                let to = shop.path(&format!("{number}.merged"));
+                Overlay::merge(&path, &to, &base, &Work::quiet(1)).unwrap();
+                states.push((to, size));
+            }
+        }
+        states
+    }
+
+    /// An overlay that was made of a chain, and none of its files is in the new chain.
+    #[test]
+    fn a_merged_overlay_is_over_its_raw_disk() {
+        const SIZE: u64 = 8 << 20;
+        let shop = Workshop::new();
+        sparse(&shop.path("base"), SIZE, &[(0, 8 << 20, 9)]);
+        let steps = [(0, 0, vec![(0, 1, 2), (20, 1, 0)], false), (0, 0, vec![(40, 1, 3), (20, 1, 4)], true)];
+        let states = states(&shop, SIZE, &steps);
+        let [(base, _), (behind, _), _, (top, _)] = &states[..] else { panic!("{states:?}") };
+        let work = Work::quiet(1);
+        let map = BlockMap::of_image(&Image::overlay(behind).unwrap(), &work).unwrap();
+        let known = known_through(top, behind, &map).unwrap();
+        let missing: Vec<_> = (0..16).filter(|index| known.block(*index).is_none()).collect();
+        assert_eq!(missing, [0, 2, 5], "what either overlay has written");
+        let map = BlockMap::of_raw(base, &work).unwrap();
+        let known = known_through(top, base, &map).unwrap();
+        assert_eq!(missing, (0..16).filter(|index| known.block(*index).is_none()).collect::<Vec<_>>());
+        let other = shop.path("other");
+        std::fs::copy(base, &other).unwrap();
+        let elsewhere = shop.path("elsewhere");
+        layer(&elsewhere, (SIZE, 16), Backing::Raw(&other), &[]);
+        for not_below in [&other, &elsewhere] {
+            let error = known_through(top, not_below, &map).unwrap_err().to_string();
+            assert!(error.contains("it is not over"), "{error}");
+        }
+    }
+
     /// The raw disk shows where the smaller overlay has ended.
     #[test]
     fn a_larger_disk_over_the_same_raw_disk() {
@@ -187,6 +238,47 @@ mod tests {
         let finished = draft.finish(&top, &work).unwrap();
         assert_eq!(finished, export(&Image::overlay(&top).unwrap(), &shop.path("export"), &work).unwrap());
         assert!(std::fs::read(shop.path("draft")).unwrap() == std::fs::read(shop.path("export")).unwrap());
+    }
+
+    proptest! {
+        #![proptest_config(cases(24))]
+        /// Whatever was merged since, a draft that was finished is what an export makes, and what is known of the disk
+        /// is right.
+        #[test]
+        fn through_merged_overlays(
+            steps in proptest::collection::vec(
+                (
+                    prop_oneof![4 => Just(0_usize), 1 => 0_usize..8],
+                    prop_oneof![4 => Just(0_u64), 1 => 0_u64..4000],
+                    proptest::collection::vec((0_u64..192, 1_u64..12, 0_u8..6), 0..4),
+                    proptest::bool::weighted(0.4),
+                ),
+                1..7,
+            ),
+            behind: prop::sample::Index, data in 0_usize..9 << 20, cut in 0_u64..3000,
+        ) {
+            const SIZE: u64 = 10 << 20;
+            let shop = Workshop::new();
+            sparse(&shop.path("base"), SIZE, &[(5000, data, 9), (SIZE - 5000, 5000, 8)]);
+            // The overlays may be smaller than the raw disk.
+            let mut states = states(&shop, SIZE - cut * 512, &steps);
+            states[0].1 = SIZE;
+            let (top, size) = states.last().unwrap().clone();
+            let smaller: Vec<_> = states.iter().filter(|state| state.1 <= size).collect();
+            let (path, work) = (&smaller[behind.index(smaller.len())].0, Work::quiet(2));
+            let overlay = path != &shop.path("base");
+            let draft = Draft::begin((path, overlay), None, size, &shop.path("draft"), &work).unwrap();
+            let known = known_through(&top, path, draft.begun()).unwrap();
+            let finished = draft.finish(&top, &work).unwrap();
+            let exported = export(&Image::overlay(&top).unwrap(), &shop.path("export"), &work).unwrap();
+            prop_assert_eq!(&finished, &exported);
+            prop_assert!(std::fs::read(shop.path("draft")).unwrap() == std::fs::read(shop.path("export")).unwrap());
+            let map = |name: &str| BlockMap::of_raw(&shop.path(name), &work).unwrap();
+            prop_assert_eq!(map("draft"), map("export"), "as holes the filesystem has the same");
+            for (index, digest) in known.data() {
+                prop_assert_eq!(exported.block_map.block(index), Some(digest));
+            }
+        }
     }
 
     proptest! {

@@ -19,7 +19,7 @@
 //! | `boot`, `ext`, `version` | kernel and initrd, read out of an ext filesystem |
 //! | `qcow2` | our own small qcow2: the header, and what the entries of its tables mean |
 //! | `overlay`, `level`, `runs` | a chain of overlays as QEMU left it: the chain, one file of it, what they hold |
-//! | `layout`, `create` | writing an overlay: its file, and what a fresh one holds |
+//! | `layout`, `create`, `merge` | writing an overlay: its file, a fresh one, all overlays of a chain as one |
 //! | `blocks`, `blocks_text` | the block map, its digest and its file |
 //! | `copy` | the parallel pass over data: export, map, verify |
 //! | `draft` | an export that begins before the disk is done |
@@ -45,6 +45,7 @@ mod image;
 mod layout;
 mod level;
 mod mbr;
+mod merge;
 mod overlay;
 mod probe;
 mod qcow2;
