@@ -45,6 +45,17 @@ pub struct Stored<'a> {
     pub(super) len: u64,
 }
 
+impl Stored<'_> {
+    /// Has the kernel copy the stretch to `at` of `out` (`copy_file_range(2)`): where the filesystem can share blocks
+    /// between files nothing is read or written. Returns how many bytes it copied, 0 if it can't.
+    pub(super) fn copy_within_kernel(&self, out: &File, at: u64) -> u64 {
+        let length = usize::try_from(self.len).unwrap_or(usize::MAX);
+        let (mut from, mut to) = (self.offset, at);
+        rustix::fs::copy_file_range(self.file, Some(&mut from), out, Some(&mut to), length)
+            .map_or(0, |copied| copied as u64)
+    }
+}
+
 impl ReadAt for File {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         self.read_exact_at(buf, offset)
@@ -161,17 +172,14 @@ impl Image {
         self.reader.read_at(offset, buf).map_err(|source| Error::read(&self.path, offset, source))
     }
 
-    /// Has the kernel copy a range into the same place of `out` (`copy_file_range(2)`): where the filesystem can share
-    /// blocks between files nothing is read or written. `false` if it can't be done, or only in part.
+    /// Has the kernel copy a range into the same place of `out`; see [`Stored::copy_within_kernel`]. `false` if it can't
+    /// be done, or only in part.
     pub(super) fn copy_within_kernel(&self, range: Range<u64>, out: &File) -> bool {
         let mut at = range.start;
         while at < range.end {
-            let Some(stored) = self.stored(at, range.end - at) else { return false };
-            let length = usize::try_from(stored.len).unwrap_or(usize::MAX);
-            let (mut from, mut to) = (stored.offset, at);
-            match rustix::fs::copy_file_range(stored.file, Some(&mut from), out, Some(&mut to), length) {
-                Ok(copied @ 1..) => at += copied as u64,
-                Ok(_) | Err(_) => return false,
+            match self.stored(at, range.end - at).map_or(0, |stored| stored.copy_within_kernel(out, at)) {
+                0 => return false,
+                copied => at += copied,
             }
         }
         true

@@ -17,7 +17,9 @@
 //! | `root`, `fstab` | which partition is the root, and where it wants `/boot` |
 //! | `firmware` | which firmware can start the disk, and for which architecture it is |
 //! | `boot`, `ext`, `version` | kernel and initrd, read out of an ext filesystem |
-//! | `qcow2`, `overlay`, `create` | our own small qcow2: write a fresh overlay, read what QEMU left |
+//! | `qcow2` | our own small qcow2: the header, and what the entries of its tables mean |
+//! | `overlay`, `level`, `runs` | a chain of overlays as QEMU left it: the chain, one file of it, what they hold |
+//! | `layout`, `create`, `merge` | writing an overlay: its file, a fresh one, all overlays of a chain as one |
 //! | `blocks`, `blocks_text` | the block map, its digest and its file |
 //! | `copy` | the parallel pass over data: export, map, verify |
 //! | `draft` | an export that begins before the disk is done |
@@ -40,11 +42,15 @@ mod fstab;
 mod gpt;
 mod guid;
 mod image;
+mod layout;
+mod level;
 mod mbr;
+mod merge;
 mod overlay;
 mod probe;
 mod qcow2;
 mod root;
+mod runs;
 mod sum;
 mod table;
 mod version;
@@ -57,15 +63,16 @@ pub use blocks::{BLOCK, BlockMap, Digest};
 pub use boot::{BootFiles, WhyNot, boot_files, root_file};
 pub(crate) use copy::confirm;
 pub use copy::{Exported, Work, export};
-pub use create::Backing;
 pub use draft::{Draft, known_through};
 pub use error::Error;
 pub use ext::GuestFile;
 pub use firmware::{Arch, BootModes};
 pub use guid::Guid;
 pub use image::{Image, ReadAt};
-pub use overlay::{Extent, ExtentKind, Overlay};
+pub use layout::Backing;
+pub use overlay::{Extent, Overlay};
 pub use probe::{Filesystem, FilesystemKind};
+pub use runs::ExtentKind;
 pub use sum::sha256;
 pub use table::{Partition, PartitionKind, Patch, Scheme, Table};
 pub use vmdk::{longest_vmdk, write_vmdk};

@@ -1,38 +1,21 @@
-//! Reading an overlay that kiln made and QEMU wrote to.
+//! Reading a chain of overlays that kiln made and QEMU wrote to.
+//!
+//! The tables of all overlays are joined into one list of runs when the chain is opened, so that no read depends on the
+//! chain's length.
 
 use super::image::{ReadAt, Stored};
-use super::qcow2::{Cluster, Header, l2_offset};
+use super::level::{BackingFile, Identity, Level};
+use super::runs::{ExtentKind, Run, over, resolve};
 use super::{Error, Image};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 
-/// An overlay on an overlay on …: more is a circle.
-const CHAIN_LIMIT: usize = 64;
-
-/// How far [`ReadAt::next_data`] looks for the end of a run at once, in bytes: each call costs this much at most, even
-/// where the backing file is a patchwork of holes.
-const LOOK: u64 = 16 << 20;
-
-/// Where the bytes of an [`Extent`] come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ExtentKind {
-    /// From the overlay's own file, from this offset (in bytes) on. Past the file's end, zeros.
-    Data {
-        /// Offset in the overlay's file, in bytes.
-        host_offset: u64,
-    },
-    /// Zeros that the overlay only notes. Not `allocated`: QEMU gave the space back, as it does for a discard.
-    /// `allocated`: zeros were written over data, and the space is kept.
-    Zero {
-        /// Whether the file keeps space for them.
-        allocated: bool,
-    },
-    /// Never written here: from the backing file; past its end, zeros.
-    Backing,
-}
+/// The most overlays in a chain. Each keeps one file open, of which a process may usually have 1024. A circle of
+/// overlays ends here too.
+const CHAIN_LIMIT: usize = 320;
 
 /// A run of bytes of one kind; offsets and lengths in bytes of the guest's disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,282 +24,246 @@ pub struct Extent {
     pub start: u64,
     /// How long it is.
     pub len: u64,
-    /// Where its bytes come from.
-    pub kind: ExtentKind,
+    /// Where its bytes come from; `None` if no overlay holds them: from the raw disk, and zeros past its end.
+    pub kind: Option<ExtentKind>,
 }
 
-/// An open qcow2 overlay with what backs it: a raw file, or another overlay.
+/// An open chain of qcow2 overlays: one overlay, its backing file, and so on down to a raw disk.
 ///
-/// All tables are read when it is opened, which takes 1/8192 of the written size in memory. Nobody may write to the
-/// files meanwhile.
+/// All tables are read when it is opened. That takes at most 40 bytes of memory for each cluster that an overlay
+/// of the chain holds, and far less where neighbouring clusters follow each other in a file. The files must not be
+/// written to meanwhile.
 pub struct Overlay {
-    path: PathBuf,
-    file: File,
-    file_len: u64,
-    header: Header,
-    /// One L2 table per L1 entry, if there is one.
-    tables: Vec<Option<Box<[u64]>>>,
-    backing: Option<Image>,
+    size: u64,
+    /// The overlays, the topmost first.
+    levels: Vec<Level>,
+    /// What the overlays hold together, in order.
+    runs: Vec<Run>,
+    raw: Option<RawDisk>,
+}
+
+/// The raw disk at the end of a chain.
+struct RawDisk {
+    image: Image,
+    identity: Identity,
+}
+
+impl RawDisk {
+    fn open(path: &Path) -> Result<Self, Error> {
+        let file = File::open(path).map_err(|source| Error::open(path, source))?;
+        let identity = Identity::of(&file.metadata().map_err(|source| Error::read(path, 0, source))?);
+        Ok(Self { image: Image::new(Arc::new(file), path)?, identity })
+    }
 }
 
 impl std::fmt::Debug for Overlay {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Overlay").field("path", &self.path).field("header", &self.header).finish_non_exhaustive()
+        let paths: Vec<_> = self.levels.iter().map(Level::path).collect();
+        f.debug_struct("Overlay").field("size", &self.size).field("levels", &paths).finish_non_exhaustive()
     }
 }
 
+/// What is found at a position.
+enum Found {
+    /// An overlay holds it.
+    Held(Run),
+    /// No overlay holds it.
+    Below(Range<u64>),
+}
+
 impl Overlay {
-    /// Opens an overlay for reading, as QEMU 7.2 to 10 leave it, also after a crash (dirty reference counts).
+    /// Opens an overlay for reading, as QEMU 7.2 to 10 leave it, also after a crash (dirty reference counts), together
+    /// with its chain of backing files.
     ///
     /// A backing file is opened by the name in the header, relative to the overlay's folder; its format must be noted
     /// as `raw` or `qcow2`.
     ///
     /// # Errors
     /// [`Error::Open`], [`Error::Read`]; [`Error::Qcow2Unsupported`] for anything the specification calls
-    /// incompatible that is not known here, for compressed clusters and for extended L2 entries;
-    /// [`Error::Qcow2Damaged`], also if the file was cut short.
+    /// incompatible that is not known here, for compressed clusters, for extended L2 entries and for a chain of more
+    /// than 320 overlays; [`Error::Qcow2Damaged`], also if the file was cut short.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        Self::open_chained(path, CHAIN_LIMIT)
-    }
-
-    fn open_chained(path: &Path, limit: usize) -> Result<Self, Error> {
-        let read_error = |source| Error::read(path, 0, source);
-        let file = File::open(path).map_err(|source| Error::open(path, source))?;
-        let file_len = ReadAt::size(&file).map_err(read_error)?;
-        let mut first = vec![0; usize::try_from(file_len.min(64 << 10)).unwrap_or_default()];
-        file.read_exact_at(&mut first, 0).map_err(read_error)?;
-        let header = Header::parse(path, &first)?;
-        let backing = match &header.backing {
-            Some(name) => Some(open_backing(path, name, header.backing_format.as_deref(), limit)?),
-            None => None,
-        };
-        let mut overlay = Self { path: path.to_owned(), file, file_len, header, tables: Vec::new(), backing };
-        overlay.tables = overlay.read_tables()?;
-        Ok(overlay)
+        let top = Level::open(path)?;
+        let size = top.size();
+        let (mut levels, mut raw) = (Vec::new(), None);
+        let mut next = Some(top);
+        while let Some(level) = next.take() {
+            match level.backing_file()? {
+                Some(BackingFile::Raw(path)) => raw = Some(RawDisk::open(&path)?),
+                Some(BackingFile::Overlay(path)) => next = Some(Level::open(&path)?),
+                None => {}
+            }
+            levels.push(level);
+            if levels.len() == CHAIN_LIMIT && next.is_some() {
+                return Err(levels[0].unsupported(format!("a chain of more than {CHAIN_LIMIT} overlays")));
+            }
+        }
+        let mut runs = resolve(held(&levels, raw.as_ref().map_or(0, |raw| raw.image.size()))?);
+        runs.retain_mut(|run| {
+            run.end = run.end.min(size);
+            run.start < run.end
+        });
+        Ok(Self { size, levels, runs, raw })
     }
 
     /// The size of the guest's disk in bytes.
     #[must_use]
     pub fn size(&self) -> u64 {
-        self.header.size
+        self.size
     }
 
-    /// The path of the file behind it, if there is one.
-    #[must_use]
-    pub fn backing(&self) -> Option<&Path> {
-        self.backing.as_ref().map(Image::path)
-    }
-
-    /// The whole disk as runs, in order and without gaps, neighbours of one kind merged.
+    /// The whole disk as runs, in order and without gaps. Neighbours differ in kind, or lie apart in the files.
     pub fn extents(&self) -> impl Iterator<Item = Extent> + '_ {
         let mut at = 0;
         std::iter::from_fn(move || {
-            let extent = (at < self.size()).then(|| self.extent_at(at, self.size()))?;
-            at += extent.len;
-            Some(extent)
+            let (range, kind) = match (at < self.size).then(|| self.find(at, self.size))? {
+                Found::Held(run) => (run.start..run.end, Some(run.kind)),
+                Found::Below(range) => (range, None),
+            };
+            at = range.end;
+            Some(Extent { start: range.start, len: range.end - range.start, kind })
         })
     }
 
-    fn cluster_size(&self) -> u64 {
-        1 << self.header.cluster_bits
+    /// The overlays, the topmost first.
+    pub(super) fn levels(&self) -> &[Level] {
+        &self.levels
     }
 
-    fn damaged(&self, what: &str) -> Error {
-        Error::Qcow2Damaged { path: self.path.clone(), what: what.to_owned() }
+    /// What the overlays hold together, in order.
+    pub(super) fn runs(&self) -> &[Run] {
+        &self.runs
     }
 
-    /// `count` big-endian numbers at `offset`.
-    fn numbers(&self, offset: u64, count: u64) -> Result<Box<[u64]>, Error> {
-        if !offset.is_multiple_of(self.cluster_size())
-            || offset.checked_add(count * 8).is_none_or(|end| end > self.file_len)
-        {
-            return Err(self.damaged("a table lies outside the file"));
+    /// The raw disk at the end of the chain, if there is one.
+    pub(super) fn raw(&self) -> Option<&Image> {
+        self.raw.as_ref().map(|raw| &raw.image)
+    }
+
+    /// The files of the chain: the overlays, the topmost first, and the raw disk.
+    pub(super) fn files(&self) -> impl Iterator<Item = Identity> + '_ {
+        self.levels.iter().map(Level::identity).chain(self.raw.as_ref().map(|raw| raw.identity))
+    }
+
+    /// What the topmost `count` overlays have written or discarded.
+    pub(super) fn written_above(&self, count: usize) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.runs.iter().filter(move |run| run.level < count).map(|run| run.start..run.end)
+    }
+
+    /// What there is from `at` on, up to `limit`.
+    fn find(&self, at: u64, limit: u64) -> Found {
+        let next = self.runs.get(self.runs.partition_point(|run| run.end <= at));
+        match next.and_then(|run| run.within(&(at..limit))) {
+            Some(run) if run.start == at => Found::Held(run),
+            later => Found::Below(at..later.map_or(limit, |run| run.start)),
         }
-        let mut bytes = vec![0; usize::try_from(count * 8).unwrap_or_default()];
-        self.file.read_exact_at(&mut bytes, offset).map_err(|source| Error::read(&self.path, offset, source))?;
-        let number = |chunk: &[u8]| chunk.iter().fold(0, |value, byte| value << 8 | u64::from(*byte));
-        Ok(bytes.chunks_exact(8).map(number).collect())
     }
 
-    fn read_tables(&self) -> Result<Vec<Option<Box<[u64]>>>, Error> {
-        let entries = self.cluster_size() / 8;
-        let l1 = self.numbers(self.header.l1_offset, self.header.l1_entries)?;
-        // Each table has a cluster of its own, so a sound file cannot ask for more memory than it is long.
-        let used = l1.iter().filter(|entry| l2_offset(**entry) != 0).count() as u64;
-        if used > self.file_len / self.cluster_size() {
-            return Err(self.damaged("its L1 table names one L2 table twice"));
-        }
-        let mut tables = Vec::with_capacity(l1.len());
-        for offset in l1.iter().map(|entry| l2_offset(*entry)) {
-            let table = (offset != 0).then(|| self.numbers(offset, entries)).transpose()?;
-            table.iter().flatten().try_for_each(|entry| self.check(*entry))?;
-            tables.push(table);
-        }
-        Ok(tables)
-    }
-
-    fn check(&self, entry: u64) -> Result<(), Error> {
-        match Cluster::of(entry) {
-            Cluster::Compressed => {
-                let feature = "compressed clusters".to_owned();
-                Err(Error::Qcow2Unsupported { path: self.path.clone(), feature })
-            }
-            Cluster::Data(offset) if offset % self.cluster_size() != 0 => Err(self.damaged("a cluster is misplaced")),
-            Cluster::Data(offset) if offset >= self.file_len => Err(self.damaged("it was cut short")),
+    fn read_raw(&self, at: u64, buf: &mut [u8]) -> io::Result<()> {
+        let left = self.raw().map_or(0, |raw| raw.size().saturating_sub(at));
+        let (there, beyond) = buf.split_at_mut(usize::try_from(left).unwrap_or(usize::MAX).min(buf.len()));
+        beyond.fill(0);
+        match self.raw() {
+            Some(raw) if !there.is_empty() => raw.read(at, there).map_err(io::Error::other),
             _ => Ok(()),
-        }
-    }
-
-    /// The L2 table that describes byte `at`, and the index of `at`'s cluster in it.
-    fn table_at(&self, at: u64) -> (Option<&[u64]>, usize) {
-        let entries_bits = self.header.cluster_bits - 3;
-        let cluster = at >> self.header.cluster_bits;
-        let table = usize::try_from(cluster >> entries_bits).ok().and_then(|index| self.tables.get(index));
-        let index = usize::try_from(cluster & ((1 << entries_bits) - 1)).unwrap_or_default();
-        (table.and_then(|table| table.as_deref()), index)
-    }
-
-    /// What byte `at` is, and the end of what its L2 entry, or the missing table, speaks for.
-    fn cluster_at(&self, at: u64) -> (Cluster, u64) {
-        match self.table_at(at) {
-            (Some(table), index) => (Cluster::of(table[index]), (at | (self.cluster_size() - 1)) + 1),
-            (None, _) => (Cluster::Unallocated, (at | ((1 << (2 * self.header.cluster_bits - 3)) - 1)) + 1),
-        }
-    }
-
-    /// The longest run of one kind from `from` on, looking no further than `limit`.
-    fn extent_at(&self, from: u64, limit: u64) -> Extent {
-        let mask = self.cluster_size() - 1;
-        let (first, mut end) = self.cluster_at(from);
-        while end < limit {
-            let (next, next_end) = self.cluster_at(end);
-            let follows = match (first, next) {
-                (Cluster::Data(a), Cluster::Data(b)) => b.checked_sub(a) == Some(end - (from & !mask)),
-                (a, b) => a == b,
-            };
-            if !follows {
-                break;
-            }
-            end = next_end;
-        }
-        let kind = match first {
-            Cluster::Data(offset) => ExtentKind::Data { host_offset: offset + (from & mask) },
-            Cluster::Zero { allocated } => ExtentKind::Zero { allocated },
-            Cluster::Unallocated | Cluster::Compressed => ExtentKind::Backing,
-        };
-        Extent { start: from, len: end.min(limit) - from, kind }
-    }
-
-    /// The part of a run that is data, if any: its first piece.
-    fn data_in(&self, extent: Extent) -> io::Result<Option<Range<u64>>> {
-        let end = extent.start + extent.len;
-        let (backing, kind) = (self.backing.as_ref(), extent.kind);
-        match (kind, backing) {
-            (ExtentKind::Data { .. } | ExtentKind::Zero { allocated: true }, _) => Ok(Some(extent.start..end)),
-            (ExtentKind::Backing, Some(backing)) if extent.start < backing.size() => {
-                let data = backing.next_data_before(extent.start, end).map_err(io::Error::other)?;
-                Ok(data.map(|data| data.start..data.end.min(end)))
-            }
-            _ => Ok(None),
         }
     }
 }
 
-fn open_backing(overlay: &Path, name: &Path, format: Option<&str>, limit: usize) -> Result<Image, Error> {
-    use std::sync::Arc;
-    let path = overlay.parent().unwrap_or(Path::new("")).join(name);
-    let unsupported = |feature| Err(Error::Qcow2Unsupported { path: overlay.to_owned(), feature });
-    match (format, limit.checked_sub(1)) {
-        (Some("raw"), _) => {
-            let file = File::open(&path).map_err(|source| Error::open(&path, source))?;
-            Image::new(Arc::new(file), &path)
-        }
-        (Some("qcow2"), Some(limit)) => Image::new(Arc::new(Overlay::open_chained(&path, limit)?), &path),
-        (Some("qcow2"), None) => unsupported(format!("a chain of more than {CHAIN_LIMIT} overlays")),
-        (Some(format), _) => unsupported(format!("a backing file of format {format}")),
-        (None, _) => unsupported("a backing file of no stated format".to_owned()),
+/// What each overlay holds. Past the end of a smaller overlay below it there are zeros, which hide what lies deeper: in
+/// other overlays, or in a raw disk of `raw_size` bytes.
+fn held(levels: &[Level], raw_size: u64) -> Result<Vec<Vec<Run>>, Error> {
+    let mut held = Vec::with_capacity(levels.len());
+    let (mut below, mut deepest) = (None, raw_size);
+    for (index, level) in levels.iter().enumerate().rev() {
+        let own = level.runs(index)?;
+        let (start, end) = (below.unwrap_or(u64::MAX), deepest.min(level.size()));
+        let zeros = Run { start, end, level: index, kind: ExtentKind::Zero { allocated: false } };
+        held.push(if start < end { over(&own, &[zeros]) } else { own });
+        below = Some(level.size());
+        deepest = deepest.max(level.size());
     }
+    held.reverse();
+    Ok(held)
 }
 
 impl ReadAt for Overlay {
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= self.size());
+        let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= self.size);
         let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
         let mut rest = buf;
         let mut at = offset;
-        while !rest.is_empty() {
-            let extent = self.extent_at(at, end);
-            let (piece, after) = rest.split_at_mut(usize::try_from(extent.len).unwrap_or(usize::MAX));
-            match (extent.kind, &self.backing) {
-                (ExtentKind::Data { host_offset }, _) => {
-                    read_or_zero(&self.file, self.file_len, host_offset, piece)?;
+        while at < end {
+            let found = self.find(at, end);
+            let until = match &found {
+                Found::Held(run) => run.end,
+                Found::Below(range) => range.end,
+            };
+            let (piece, after) = rest.split_at_mut(usize::try_from(until - at).unwrap_or(usize::MAX));
+            match found {
+                Found::Held(Run { kind: ExtentKind::Data { host_offset }, level, .. }) => {
+                    self.levels[level].read(host_offset, piece)?;
                 }
-                (ExtentKind::Backing, Some(backing)) if at < backing.size() => {
-                    let left = usize::try_from(backing.size() - at).unwrap_or(usize::MAX);
-                    let (there, beyond) = piece.split_at_mut(left.min(piece.len()));
-                    backing.read(at, there).map_err(io::Error::other)?;
-                    beyond.fill(0);
-                }
-                _ => piece.fill(0),
+                Found::Held(_) => piece.fill(0),
+                Found::Below(range) => self.read_raw(range.start, piece)?,
             }
-            at += extent.len;
+            at = until;
             rest = after;
         }
         Ok(())
     }
 
     fn size(&self) -> io::Result<u64> {
-        Ok(self.header.size)
+        Ok(self.size)
     }
 
-    /// Data is what lies in a cluster of the overlay, zeros written over data, and the backing file's data where the
-    /// overlay has nothing. Discarded clusters and what nobody wrote are holes.
+    /// Data is what lies in a cluster of an overlay, zeros written over data, and the raw disk's data where no overlay
+    /// has anything. Discarded clusters and what was never written are holes.
     fn next_data(&self, from: u64, until: u64) -> io::Result<Option<Range<u64>>> {
-        let end = self.header.size.min(until);
+        let end = self.size.min(until);
         let mut at = from;
         while at < end {
-            let extent = self.extent_at(at, end.min(at + LOOK));
-            // The first piece is enough: whoever looked whether the next one follows on would, in a chain of overlays,
-            // look twice at each level, and so two to the power of its length times in all.
-            if let Some(data) = self.data_in(extent)? {
-                return Ok(Some(data));
+            match self.find(at, end) {
+                Found::Held(Run { kind: ExtentKind::Zero { allocated: false }, end, .. }) => at = end,
+                Found::Held(run) => return Ok(Some(run.start..run.end)),
+                Found::Below(range) => {
+                    if let Some(raw) = self.raw()
+                        && let Some(data) = raw.next_data_before(range.start, range.end).map_err(io::Error::other)?
+                    {
+                        return Ok(Some(data.start..data.end.min(range.end)));
+                    }
+                    at = range.end;
+                }
             }
-            at += extent.len;
         }
         Ok(None)
     }
 
     fn stored(&self, offset: u64, len: u64) -> Option<Stored<'_>> {
-        let extent = self.extent_at(offset, offset.checked_add(len)?);
-        match (extent.kind, &self.backing) {
-            (ExtentKind::Data { host_offset }, _) => {
-                let len = extent.len.min(self.file_len.saturating_sub(host_offset));
-                (len > 0).then_some(Stored { file: &self.file, offset: host_offset, len })
+        let end = self.size.min(offset.checked_add(len)?);
+        match (offset < end).then(|| self.find(offset, end))? {
+            Found::Held(Run { kind: ExtentKind::Data { host_offset }, level, end, .. }) => {
+                self.levels[level].stored(host_offset, end - offset)
             }
-            (ExtentKind::Backing, Some(backing)) if offset < backing.size() => {
-                backing.stored(offset, extent.len.min(backing.size() - offset))
+            Found::Held(_) => None,
+            Found::Below(range) => {
+                let raw = self.raw()?;
+                let len = raw.size().saturating_sub(offset).min(range.end - offset);
+                if len > 0 { raw.stored(offset, len) } else { None }
             }
-            _ => None,
         }
     }
-}
-
-/// QEMU leaves out the zeros at the end of the last cluster.
-fn read_or_zero(file: &File, file_len: u64, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-    let left = usize::try_from(file_len.saturating_sub(offset)).unwrap_or(usize::MAX);
-    let (there, beyond) = buf.split_at_mut(left.min(buf.len()));
-    file.read_exact_at(there, offset)?;
-    beyond.fill(0);
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::disk::Backing;
-    use crate::disk::testing::{Workshop, cases, text, tool};
+    use crate::disk::testing::{Workshop, cases, layer, text, tool};
     use crate::disk::{Patch, qcow2};
     use proptest::prelude::*;
+    use std::os::unix::fs::FileExt;
+    use std::path::PathBuf;
 
     const SIZE: u64 = 6 << 20;
 
@@ -369,18 +316,18 @@ mod tests {
         let kinds: Vec<_> =
             Overlay::open(&disk).unwrap().extents().map(|e| (e.start >> 10, e.len >> 10, e.kind)).collect();
         let data = |index: usize| match kinds[index].2 {
-            kind @ ExtentKind::Data { .. } => kind,
+            kind @ Some(ExtentKind::Data { .. }) => kind,
             other => panic!("{other:?}"),
         };
         let wanted = [
             (0, 64, data(0)),
-            (64, 960, ExtentKind::Backing),
-            (1024, 64, ExtentKind::Zero { allocated: true }),
-            (1088, 64, ExtentKind::Zero { allocated: false }),
+            (64, 960, None),
+            (1024, 64, Some(ExtentKind::Zero { allocated: true })),
+            (1088, 64, Some(ExtentKind::Zero { allocated: false })),
             (1152, 128, data(4)),
-            (1280, 768, ExtentKind::Backing),
-            (2048, 128, ExtentKind::Zero { allocated: false }),
-            (2176, 3968, ExtentKind::Backing),
+            (1280, 768, None),
+            (2048, 128, Some(ExtentKind::Zero { allocated: false })),
+            (2176, 3968, None),
         ];
         assert_eq!(kinds, wanted);
         let image = Image::overlay(&disk).unwrap();
@@ -455,7 +402,7 @@ mod tests {
         let image = Image::overlay(&second).unwrap();
         assert_eq!(image.next_data(0).unwrap(), Some(64 << 10..4 << 20));
         assert_eq!(image.next_data(4 << 20).unwrap(), Some(7 << 20..(7 << 20) + (64 << 10)));
-        assert_eq!(Overlay::open(&second).unwrap().backing(), Some(disk.as_path()));
+        assert_eq!(Overlay::open(&second).unwrap().levels()[1].path(), disk.canonicalize().unwrap());
         // A circle of overlays ends.
         tool("qemu-img", &["rebase", "-u", "-F", "qcow2", "-b", text(&second), text(&disk)]);
         assert!(refused(&second).contains("a chain of more than"));
@@ -524,21 +471,63 @@ mod tests {
         }
     }
 
-    /// As many layers as a recipe may have steps: looking for data must not cost more with each.
+    /// The overlays are named relative to each other, so that joined names would be longer than the system accepts.
     #[test]
-    fn a_long_chain() {
+    fn as_many_overlays_as_there_may_be() {
         let (shop, base, _) = shop();
-        let name = |n: usize| shop.path(&format!("{n}.qcow2"));
-        Overlay::create(&name(0), SIZE, Backing::Raw(&base), &[]).unwrap();
-        for n in 1..60 {
-            Overlay::create(&name(n), SIZE, Backing::Overlay(&name(n - 1)), &[]).unwrap();
-            let write = format!("write -P {n} {}k 64k", n * 100 / 64 * 64 % 6000 / 64 * 64);
-            tool("qemu-io", &["-f", "qcow2", "-c", &write, text(&name(n))]);
+        let folder = |n: usize| format!("a-folder-with-a-name-as-long-as-that-of-a-layer-{n}");
+        let mut wanted = std::fs::read(&base).unwrap();
+        wanted.resize(6 << 20, 0);
+        for n in 0..=CHAIN_LIMIT {
+            std::fs::create_dir(shop.path(&folder(n))).unwrap();
+            let below = if n == 0 { "../base.raw".to_owned() } else { format!("../{}/disk", folder(n - 1)) };
+            let below = if n == 0 { Backing::Raw(Path::new(&below)) } else { Backing::Overlay(Path::new(&below)) };
+            let (cluster, byte) = (n * 7 % 96, u8::try_from(n % 200).unwrap() + 2);
+            layer(&shop.path(&folder(n)).join("disk"), (SIZE, 16), below, &[(cluster as u64, 1, byte)]);
+            if n < CHAIN_LIMIT {
+                wanted[cluster << 16..(cluster + 1) << 16].fill(byte);
+            }
         }
-        let (image, flat) = (Image::overlay(&name(59)).unwrap(), shop.path("flat"));
-        tool("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", text(&name(59)), text(&flat)]);
+        let last = shop.path(&folder(CHAIN_LIMIT - 1)).join("disk");
+        assert!(whole(&last) == wanted);
+        assert_eq!(Image::overlay(&last).unwrap().next_data(0).unwrap(), Some(0..SIZE));
         let exported = shop.path("exported");
-        crate::disk::export(&image, &exported, &crate::disk::Work::quiet(2)).unwrap();
-        assert!(std::fs::read(flat).unwrap() == std::fs::read(exported).unwrap());
+        crate::disk::export(&Image::overlay(&last).unwrap(), &exported, &crate::disk::Work::quiet(2)).unwrap();
+        assert!(std::fs::read(exported).unwrap() == wanted);
+        let one_more = shop.path(&folder(CHAIN_LIMIT)).join("disk");
+        assert!(refused(&one_more).contains("a chain of more than 320 overlays"));
+    }
+
+    #[test]
+    fn a_folder_that_is_a_symbolic_link() {
+        let (shop, base, _) = shop();
+        for folder in ["there", "there/deep", "here"] {
+            std::fs::create_dir(shop.path(folder)).unwrap();
+        }
+        std::os::unix::fs::symlink("../there/deep", shop.path("here/link")).unwrap();
+        std::fs::copy(&base, shop.path("there/base")).unwrap();
+        // From `there/deep`, where the link leads, and not from `here`.
+        Overlay::create(&shop.path("there/deep/one"), SIZE, Backing::Raw(Path::new("../base")), &[]).unwrap();
+        let two = shop.path("here/two");
+        Overlay::create(&two, SIZE, Backing::Overlay(Path::new("link/../deep/one")), &[]).unwrap();
+        assert!(whole(&two) == converted(&shop, &two));
+        let missing = shop.path("missing");
+        Overlay::create(&missing, SIZE, Backing::Overlay(Path::new("none/one")), &[]).unwrap();
+        let error = Overlay::open(&missing).unwrap_err();
+        assert!(matches!(&error, Error::Open { path, .. } if path.ends_with("none/one")), "{error:?}");
+    }
+
+    /// An overlay that is smaller than what is over it and below it hides what is deeper.
+    #[test]
+    fn past_the_end_of_a_smaller_overlay() {
+        let (shop, base, disk) = shop();
+        let (short, top) = (shop.path("short"), shop.path("top"));
+        layer(&disk, (SIZE, 16), Backing::Raw(&base), &[(80, 4, 7)]);
+        layer(&short, ((1 << 20) + 512, 16), Backing::Overlay(&disk), &[]);
+        layer(&top, (SIZE - 512, 16), Backing::Overlay(&short), &[(90, 6, 8)]);
+        assert!(whole(&top) == converted(&shop, &top));
+        let image = Image::overlay(&top).unwrap();
+        assert_eq!(image.next_data(0).unwrap(), Some(0..(1 << 20) + 512));
+        assert_eq!(image.next_data((1 << 20) + 512).unwrap(), Some(90 << 16..SIZE - 512));
     }
 }

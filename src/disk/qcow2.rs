@@ -21,7 +21,7 @@ pub(super) const COPIED: u64 = 1 << 63;
 /// Bit 62 of an L2 entry: a compressed cluster.
 const COMPRESSED: u64 = 1 << 62;
 /// Bit 0 of an L2 entry: reads as zeros, whatever else it says.
-const ZERO: u64 = 1;
+pub(super) const ZERO: u64 = 1;
 /// QEMU reads no longer backing file name, in bytes.
 pub(super) const BACKING_NAME_LIMIT: usize = 1023;
 /// QEMU accepts no larger L1 table, in bytes.

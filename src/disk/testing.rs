@@ -1,7 +1,10 @@
 //! What the tests of this module share: tools of the system, small disks made with them.
 
-use super::{Image, Patch};
+use super::layout::{Content, NewOverlay, Piece};
+use super::{Backing, Image, Patch};
+use std::collections::BTreeMap;
 use std::io::Write as _;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -70,6 +73,39 @@ pub(super) fn sparse(path: &Path, size: u64, pieces: &[(u64, usize, u8)]) {
     for (start, len, byte) in pieces {
         file.write_all_at(&vec![*byte; *len], *start).unwrap();
     }
+}
+
+/// A new overlay of a size in bytes, with clusters of `2^cluster_bits` bytes, that holds these: `(first, count, byte)`.
+/// Byte 0 stands for a discarded cluster, 1 for zeros with space in the file. Later entries replace earlier ones.
+pub(super) fn layer(path: &Path, (size, cluster_bits): (u64, u32), backing: Backing<'_>, clusters: &[(u64, u64, u8)]) {
+    let end = size.div_ceil(1 << cluster_bits);
+    let each = clusters
+        .iter()
+        .flat_map(|(first, count, byte)| (*first..(first + count).min(end)).map(move |cluster| (cluster, *byte)));
+    let held: BTreeMap<u64, u8> = each.collect();
+    let mut runs: Vec<(Range<u64>, u8)> = Vec::new();
+    for (cluster, byte) in held {
+        match runs.last_mut() {
+            Some((run, same)) if run.end == cluster && *same == byte => run.end += 1,
+            _ => runs.push((cluster..cluster + 1, byte)),
+        }
+    }
+    let piece = |(clusters, byte): (Range<u64>, u8)| {
+        let content = match byte {
+            0 => Content::Zero { allocated: false },
+            1 => Content::Zero { allocated: true },
+            byte => {
+                Content::Data(vec![byte; usize::try_from((clusters.end - clusters.start) << cluster_bits).unwrap()])
+            }
+        };
+        Piece { clusters, content }
+    };
+    let pieces: Vec<_> = runs.into_iter().map(piece).collect();
+    let put = |bytes: &Vec<u8>, file: &std::fs::File, at| {
+        file.write_all_at(bytes, at).unwrap();
+        Ok(())
+    };
+    NewOverlay { path, size, cluster_bits, backing, pieces: &pieces }.write(put, |_| Ok(())).unwrap();
 }
 
 /// A folder with a disk in the making.
