@@ -167,11 +167,15 @@ fn damaged_layers_are_not_used() {
     assert_eq!(ran(&bench)[0], "boot");
     let said = spoil(&|layer| std::fs::write(layer.join("layer.json"), "{ \"format\": 4").unwrap());
     assert!(said.contains("can't be used: layer.json: "), "{said}");
-    let said = spoil(&|layer| {
+    // Another version's are not damaged: they are left alone.
+    spoil(&|layer| {
         let text = std::fs::read_to_string(layer.join("layer.json")).unwrap();
         std::fs::write(layer.join("layer.json"), text.replace("\"format\":4", "\"format\":999")).unwrap();
     });
-    assert!(said.contains("it has format 999, and this kiln writes 4"), "{said}");
+    assert_eq!(ran(&bench)[0], "boot");
+    assert_eq!(bench.names("cache/layers").len(), 8);
+    let list = bench.kiln(["cache", "list"]).run().succeeded();
+    assert_eq!(list.matches("layer by another version of kiln\n").count(), 4, "{list}");
     // Without a usable memory the layer's disk is booted.
     spoil(&|layer| {
         for file in std::fs::read_dir(layer).unwrap().map(|file| file.unwrap().path()) {

@@ -87,6 +87,8 @@ pub(super) struct Layers<'a> {
     found: Found,
     /// What the guest's disk is over, the nearest last. Held so that nothing removes them.
     held: Vec<Layer>,
+    /// What was behind it before overlays were merged: it may still be read.
+    merged: Vec<Layer>,
     /// Folders that an overlay of this build is over and that could not be made layers.
     placed: Vec<Placed>,
     /// What the guest is made of so far.
@@ -112,6 +114,7 @@ impl<'a> Layers<'a> {
             machine,
             found: Found::default(),
             held: Vec::new(),
+            merged: Vec::new(),
             placed: Vec::new(),
             lineage: Vec::new(),
             kernel_set: false,
@@ -395,25 +398,10 @@ impl<'a> Layers<'a> {
         let left = guest.sync(SYNC_LIMIT).map_err(guest_failure)?;
         let kernel = self.kernel_set.then(|| KERNEL_SETTINGS.to_owned());
         let volatile: Vec<_> = kernel.into_iter().chain((!left.is_empty()).then_some(left)).collect();
-        let record = Record { volatile: volatile.join("; "), ..record };
-        let not_kept = |this: &mut Self, session: &Session<'_>, error: &Error| {
-            this.full = true;
-            let name = &layer.name;
-            session.events.warn(format!("`{name}` and what follows is not kept: {}", error.message));
-        };
-        let begun = Pending::begin(session.scratch, &layer.key)
-            .map_err(|error| Error::io("cannot write to the cache", &error))
-            .and_then(|pending| {
-                let backing = relative(pending.id());
-                let size = self.plan.disk_size.bytes();
-                Overlay::create(&session.following_overlay(), size, Backing::Overlay(&backing), &[])
-                    .map_err(disk_failure)?;
-                Ok(pending)
-            });
-        let pending = match begun {
+        let pending = match self.begin(&layer.key, session) {
             Ok(pending) => pending,
             Err(error) => {
-                not_kept(self, session, &error);
+                self.not_kept(&layer.name, &error, session);
                 return Ok(());
             }
         };
@@ -421,49 +409,77 @@ impl<'a> Layers<'a> {
         let memory = with_memory.then(|| pending.memory(&self.machine));
         let saved =
             guest.checkpoint(session.nodes(), &fresh, memory.as_deref(), session.scratch).map_err(guest_failure)?;
-        std::fs::rename(&old, pending.disk()).map_err(|error| Error::io("cannot keep a layer", &error))?;
-        let machines: Vec<_> = memory.iter().map(|_| self.machine.clone()).collect();
-        let fill = || -> Result<Record, Error> {
-            if let Some(log) = log {
-                std::fs::copy(log, pending.log()).map_err(|error| Error::io("cannot keep a step's log", &error))?;
-            }
-            saved.memory.map_err(|error| Error::io("cannot keep the guest's memory", &error))?;
-            Ok(record)
-        };
-        let filled = fill();
+        let is_merged = self.bring_disk(&old, &pending, session)?;
+        let backing = record.backing.filter(|_| !is_merged);
+        let record = Record { volatile: volatile.join("; "), backing, ..record };
+        let filled = log.map_or(Ok(0), |log| std::fs::copy(log, pending.log())).and(saved.memory);
         if filled.is_err() {
-            // Room for what the guest goes on to write.
+            // Room for what the guest is going to write.
             let _ = memory.as_deref().map(std::fs::remove_file);
         }
         let placed = pending.place(self.store)?;
+        let machines: Vec<_> = memory.iter().map(|_| self.machine.clone()).collect();
         let committed = match filled {
-            Ok(record) => placed.commit(self.store, record, &machines),
-            Err(error) => Err((error, placed)),
+            Ok(_) => placed.commit(self.store, record, &machines),
+            Err(error) => Err((Error::io("cannot write to the cache", &error), placed)),
         };
         match committed {
             Ok(kept) => {
+                let volatile = &kept.record().volatile;
                 session.events.detail(format!(
                     "kept `{}`{}: the guest stood still for {}{}",
                     layer.name,
                     if with_memory { " with its memory" } else { "" },
                     show_duration(saved.took),
-                    if kept.record().volatile.is_empty() {
-                        String::new()
-                    } else {
-                        format!("; outside its disk: {}", kept.record().volatile)
-                    },
+                    if volatile.is_empty() { String::new() } else { format!("; outside its disk: {volatile}") },
                 ));
+                if is_merged {
+                    self.merged.append(&mut self.held);
+                }
                 self.held.push(kept);
                 if with_memory {
                     self.since_memory = Duration::ZERO;
                 }
             }
             Err((error, placed)) => {
-                not_kept(self, session, &error);
+                self.not_kept(&layer.name, &error, session);
                 self.placed.push(placed);
             }
         }
         Ok(())
+    }
+
+    /// Begins a layer, and the overlay that the guest will go on in, which names the layer's disk.
+    fn begin(&self, key: &str, session: &Session<'_>) -> Result<Pending, Error> {
+        let pending =
+            Pending::begin(session.scratch, key).map_err(|error| Error::io("cannot write to the cache", &error))?;
+        let (backing, size) = (relative(pending.id()), self.plan.disk_size.bytes());
+        Overlay::create(&session.following_overlay(), size, Backing::Overlay(&backing), &[]).map_err(disk_failure)?;
+        Ok(pending)
+    }
+
+    /// Moves the disk that the guest has left to its layer; merged with what it is over, if that is much. Then it is
+    /// over the base alone. QEMU still reads the file that it has open, which is the same disk.
+    fn bring_disk(&self, old: &Path, pending: &Pending, session: &Session<'_>) -> Result<bool, Error> {
+        if self.held.len() + 1 >= DEEPEST {
+            let base = crate::store::base_from_work(self.base);
+            let merged = crate::store::pass("merge", session.events, session.cancel, |work| {
+                Overlay::merge(old, &pending.disk(), &base, work)
+            })?;
+            match merged {
+                Ok(()) => return Ok(true),
+                Err(error) => {
+                    session.events.detail(format!("overlays are not merged: {}", disk_failure(error).message))
+                }
+            }
+        }
+        std::fs::rename(old, pending.disk()).map_err(|error| Error::io("cannot keep a layer", &error))?;
+        Ok(false)
+    }
+
+    fn not_kept(&mut self, name: &str, error: &Error, session: &Session<'_>) {
+        self.full = true;
+        session.events.warn(format!("`{name}` and what follows is not kept: {}", error.message));
     }
 
     fn record(&self, layer: &plan::Layer, serial: u64, took: Duration, network_up: bool) -> Record {

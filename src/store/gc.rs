@@ -230,7 +230,7 @@ fn layer_entry(folder: PathBuf) -> Option<Entry> {
     let text = std::fs::read(folder.join(layer::RECORD)).unwrap_or_default();
     let value: serde_json::Value = serde_json::from_slice(&text).unwrap_or_default();
     let text_of = |name: &str| value[name].as_str().map(str::to_owned);
-    let foreign = value["format"].as_u64().is_some_and(|format| format != u64::from(layer::FORMAT));
+    let foreign = layer::is_foreign(&value);
     let (standing, name, behind) = match serde_json::from_value::<Record>(value.clone()) {
         // Another version's, which may run on this store as well: it only counts, and ages.
         _ if foreign => {

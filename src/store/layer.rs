@@ -145,10 +145,6 @@ impl Layer {
         self.record().lineage.last()
     }
 
-    pub(super) fn folder(&self) -> &Path {
-        &self.folder
-    }
-
     /// The name of its folder, by which other layers know it.
     #[must_use]
     pub fn id(&self) -> String {
@@ -173,6 +169,13 @@ impl Layer {
         let path = memory_path(&self.folder, machine);
         let found = Identity::from(&std::fs::metadata(&path).ok()?);
         (self.sealed.memory.get(machine) == Some(&found)).then_some(path)
+    }
+
+    /// The files that are what they were when it was kept, and those that may change.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        let memory = self.sealed.memory.keys().filter_map(|machine| self.memory(machine));
+        let others = [RECORD, DISK, LOG, super::verify::BLOCKS].map(|name| self.folder.join(name));
+        others.into_iter().filter(|path| path.exists()).chain(memory).collect()
     }
 
     /// Bytes on the host's disk.
@@ -229,7 +232,7 @@ impl Store {
     fn newest_serial(&self, key: &str) -> u64 {
         let entries = std::fs::read_dir(self.layers()).into_iter().flatten().flatten();
         let own = entries.filter(|entry| key_of(&entry.file_name().to_string_lossy()) == key);
-        own.filter_map(|entry| Some(read(&entry.path()).ok()?.record.serial)).max().unwrap_or(0)
+        own.filter_map(|entry| Some(read(&entry.path()).ok()??.record.serial)).max().unwrap_or(0)
     }
 
     /// The layers that have this parent, the newest first: what a missing layer can be compared with.
@@ -239,7 +242,7 @@ impl Store {
         let mut found: Vec<_> = entries
             .filter_map(|entry| {
                 let made = std::fs::metadata(entry.path().join(RECORD)).ok()?.modified().ok()?;
-                let sealed = read(&entry.path()).ok()?;
+                let sealed = read(&entry.path()).ok()??;
                 let sibling = sealed.record.parent.as_deref() == parent && sealed.record.base == base;
                 sibling.then_some((made, sealed.record))
             })
@@ -363,7 +366,8 @@ fn read_in(folder: PathBuf) -> Option<Read> {
         return None;
     }
     match read(&folder) {
-        Ok(sealed) => match check(&folder, &sealed) {
+        Ok(None) => None,
+        Ok(Some(sealed)) => match check(&folder, &sealed) {
             Ok(()) => {
                 let _ = in_use.set_modified(std::time::SystemTime::now());
                 Some(Read::Whole(Box::new(Layer { folder, sealed, _in_use: in_use })))
@@ -425,6 +429,8 @@ pub(super) fn adopt(store: &Store, folder: &Path) -> io::Result<()> {
         return Err(io::Error::other(format!("a layer in it has format {format}, and this kiln writes {FORMAT}")));
     }
     sealed.disk = identity(&folder.join(DISK))?;
+    // One that was damaged is not in the file.
+    sealed.memory.retain(|machine, _| memory_path(folder, machine).exists());
     for (machine, memory) in &mut sealed.memory {
         *memory = identity(&memory_path(folder, machine))?;
     }
@@ -440,16 +446,23 @@ fn identity(path: &Path) -> io::Result<Identity> {
     Identity::of(&file)
 }
 
-fn read(folder: &Path) -> Result<Sealed, String> {
+/// The record of the layer in `folder`; none if it is another version's.
+fn read(folder: &Path) -> Result<Option<Sealed>, String> {
     let text = std::fs::read(folder.join(RECORD)).map_err(|error| format!("{RECORD}: {error}"))?;
-    let sealed: Sealed = serde_json::from_slice(&text).map_err(|error| format!("{RECORD}: {error}"))?;
-    if sealed.record.format != FORMAT {
-        return Err(format!("it has format {}, and this kiln writes {FORMAT}", sealed.record.format));
+    let value: serde_json::Value = serde_json::from_slice(&text).map_err(|error| format!("{RECORD}: {error}"))?;
+    if is_foreign(&value) {
+        return Ok(None);
     }
+    let sealed: Sealed = serde_json::from_value(value).map_err(|error| format!("{RECORD}: {error}"))?;
     if sealed.record.key != key_of(&folder.file_name().unwrap_or_default().to_string_lossy()) {
         return Err("it says that it is another one".to_owned());
     }
-    Ok(sealed)
+    Ok(Some(sealed))
+}
+
+/// Whether a record is another version's.
+pub(super) fn is_foreign(record: &serde_json::Value) -> bool {
+    record["format"].as_u64().is_some_and(|format| format != u64::from(FORMAT))
 }
 
 /// Whether the disk is the one that was kept.

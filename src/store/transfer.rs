@@ -75,10 +75,12 @@ impl Store {
             header.set_size(head.len() as u64);
             tar.append_data(&mut header, HEAD, &head[..])?;
             for base in bases.iter().filter(|base| seen.insert(base.sha256.clone())) {
-                append(&mut tar, base.disk.parent().unwrap_or(Path::new("")), &Path::new("bases").join(&base.sha256))?;
+                let folder = std::fs::read_dir(base.disk.parent().unwrap_or(Path::new("")))?;
+                let files = folder.map(|file| Ok(file?.path())).collect::<io::Result<_>>()?;
+                append(&mut tar, files, &Path::new("bases").join(&base.sha256))?;
             }
             for layer in &layers {
-                append(&mut tar, layer.folder(), &Path::new("layers").join(layer.id()))?;
+                append(&mut tar, layer.files(), &Path::new("layers").join(layer.id()))?;
             }
             tar.into_inner()?.finish().map_err(io::Error::other)?.inner.into_inner()?.sync_all()?;
             Ok(seen.len())
@@ -201,13 +203,14 @@ impl Store {
     }
 }
 
-/// All files of a folder.
-fn append<W: Write>(tar: &mut Builder<W>, folder: &Path, name: &Path) -> io::Result<()> {
-    let mut files: Vec<_> = std::fs::read_dir(folder)?.collect::<io::Result<_>>()?;
-    files.sort_by_key(std::fs::DirEntry::file_name);
-    for file in files.iter().filter(|file| is_ours(&name.join(file.file_name()))) {
-        let mut content = File::open(file.path())?;
-        tar.append_file(name.join(file.file_name()), &mut content)?;
+/// Files of one folder.
+fn append<W: Write>(tar: &mut Builder<W>, mut files: Vec<PathBuf>, name: &Path) -> io::Result<()> {
+    files.sort();
+    for file in files {
+        let inside = name.join(file.file_name().unwrap_or_default());
+        if is_ours(&inside) {
+            tar.append_file(inside, &mut File::open(file)?)?;
+        }
     }
     Ok(())
 }
