@@ -1,6 +1,8 @@
 //! Recipe and facts become a plan: what will be done, decided before anything runs. Pure.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::Deref;
 
 use sha2::{Digest as _, Sha256};
 
@@ -12,12 +14,131 @@ use crate::units::{GIB, Size, hex};
 /// The version of what layers hold and of how their keys are made. It is part of every key.
 const LAYERS: &str = "2";
 
-/// What something depends on: names of parts, and what they are.
-pub type Parts = BTreeMap<String, String>;
+/// Which keys a part is in. A step's key has its parent's key, and so depends on all that is in the base's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyKind {
+    /// The key of the booted base.
+    Base,
+    /// The key of the state after a step.
+    Step,
+}
 
-/// SHA-256 over parts, in hex. Lengths go before names and values, so that no two collections give the same bytes.
+impl KeyKind {
+    /// The word that the manual uses.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Base => "base",
+            Self::Step => "step",
+        }
+    }
+}
+
+/// One row for each part: its key, its name, and why it is in the key.
+macro_rules! parts {
+    (
+        $(#[$meta:meta])*
+        pub enum $enum:ident<$life:lifetime> {
+            $($variant:ident $(($field:ty = $sample:literal))? => $key:ident, $name:literal, $why:literal;)+
+        }
+    ) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum $enum<$life> {
+            $(#[doc = $why] $variant $(($field))?),+
+        }
+
+        impl $enum<'static> {
+            /// All of them, in the manual's order. Variables and files stand there as `NAME`.
+            pub const ALL: &'static [Self] = &[$(Self::$variant $(($sample))?),+];
+        }
+
+        impl<$life> $enum<$life> {
+            /// Which keys it is in.
+            #[must_use]
+            pub fn key(self) -> KeyKind {
+                match self { $(Self::$variant { .. } => KeyKind::$key),+ }
+            }
+
+            /// Why it is in the key, in one sentence.
+            #[must_use]
+            pub fn why(self) -> &'static str {
+                match self { $(Self::$variant { .. } => $why),+ }
+            }
+
+            /// Its name among [`Parts`]. A file's name is escaped: it need not be UTF-8, and no two become the same.
+            #[must_use]
+            pub fn name(self) -> Cow<$life, str> {
+                let word = match self { $(Self::$variant { .. } => $name),+ };
+                match self {
+                    Self::Env(name) => format!("{word} {name}").into(),
+                    Self::File(name) => format!("{word} {}", name.escape_ascii()).into(),
+                    _ => word.into(),
+                }
+            }
+        }
+    };
+}
+
+parts! {
+    /// Something that a layer's content depends on. What is not named here is in no key.
+    pub enum Part<'a> {
+        Layers => Base, "layers", "The format of layers and of their keys may change with kiln.";
+        Guest => Base, "guest", "kiln's own scripts and devices act on the guest: their SHA-256.";
+        Base => Base, "base", "The disk begins as the base image: the SHA-256 of its file.";
+        Disk => Base, "disk", "The partition table and the root filesystem grow to this size.";
+        Arch => Base, "arch", "Another architecture runs other programs.";
+        Boot => Base, "boot", "A boot by firmware runs the boot loader and cloud-init, a direct boot doesn't.";
+        Network => Base, "network", "The guest has a network card and an address, or neither.";
+        Cpus => Base, "cpus", "Programs count the processors and configure themselves by the number.";
+        Memory => Base, "memory", "Programs read the size of the memory and configure themselves by it.";
+        Processor => Base, "processor", "Compilers and installers look at the processor's instruction sets.";
+        Accelerator => Base, "accelerator", "KVM shows the guest the vendor of the host's processor, TCG its own.";
+        Parent => Step, "parent", "A step changes what the layer before it holds: the key of that layer.";
+        Action => Step, "action", "The kind of the step: a script, a copy, or a provisioner's name.";
+        Script => Step, "script", "The script is what runs: its SHA-256.";
+        Library => Step, "library", "Provisioners call the functions in kiln's lib.sh: its SHA-256.";
+        Env(&'a str = "NAME") => Step, "env", "A script may read any variable that it is given.";
+        SourceDateEpoch => Step, "SOURCE_DATE_EPOCH", "Tools write this time into what they make.";
+        File(&'a [u8] = b"NAME") => Step, "file", "Each file that a step takes in: its kind, mode, content or link target.";
+        From => Step, "from", "A file or folder that is copied as a whole keeps its name.";
+        To => Step, "to", "The copy goes to this place.";
+        Owner => Step, "owner", "The copied files get this owner.";
+        Mode => Step, "mode", "The copied files get these permissions.";
+        Follow => Step, "follow", "A link is copied as a link, or as the file that it names.";
+        Reboot => Step, "reboot", "The layer holds the guest as it is after a reboot, or without one.";
+    }
+}
+
+/// The parts of a key by name, each with its value. It reads as a plain map; [`Parts::add`] is the only way in.
+#[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize)]
+#[serde(transparent)]
+pub struct Parts(BTreeMap<String, String>);
+
+impl Parts {
+    /// Adds a part. One that is there already gets the new value.
+    pub fn add(&mut self, part: Part<'_>, value: impl Into<String>) {
+        self.0.insert(part.name().into_owned(), value.into());
+    }
+
+    /// The value of a part.
+    #[must_use]
+    pub fn value(&self, part: Part<'_>) -> Option<&str> {
+        self.0.get(part.name().as_ref()).map(String::as_str)
+    }
+}
+
+impl Deref for Parts {
+    type Target = BTreeMap<String, String>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+/// SHA-256 over named values, in hex. Each name and value follows its length, so that no two maps give the same bytes.
 #[must_use]
-pub fn digest(parts: &Parts) -> String {
+pub fn digest(parts: &BTreeMap<String, String>) -> String {
     let mut hasher = Sha256::new();
     for text in parts.iter().flat_map(|(name, value)| [name, value]) {
         hasher.update((text.len() as u64).to_le_bytes());
@@ -88,14 +209,9 @@ pub struct Layer {
     pub cached: bool,
 }
 
-/// The part that names the parent's key.
-pub const PARENT: &str = "parent";
-/// The part of the booted base that names the base image's digest.
-const BASE: &str = "base";
-
 /// How two collections of parts differ, in words: what changed, from what, to what.
 #[must_use]
-pub fn differences(before: &Parts, now: &Parts) -> Vec<String> {
+pub fn differences(before: &BTreeMap<String, String>, now: &Parts) -> Vec<String> {
     let names: std::collections::BTreeSet<_> = before.keys().chain(now.keys()).collect();
     let words = |name: &String| match (before.get(name), now.get(name)) {
         (Some(before), Some(now)) if before == now => None,
@@ -142,27 +258,25 @@ impl Plan {
     /// SHA-256 of the base image.
     #[must_use]
     pub fn base(&self) -> &str {
-        self.layers.first().and_then(|layer| layer.parts.get(BASE)).map_or("", String::as_str)
+        self.layers.first().and_then(|layer| layer.parts.value(Part::Base)).unwrap_or_default()
     }
 }
 
-/// The keys are a chain: a changed step changes its own key and all that follow. Names, comments, paths on the host and
-/// the order of keys in the recipe are in none of them.
+/// The keys are a chain: a changed step changes its own key and all that follow.
 fn layers(recipe: &Recipe, facts: &Facts, disk_size: Size, boot: &BootPath) -> Vec<Layer> {
-    let part = |name: &str, value: String| (name.to_owned(), value);
-    let parts = Parts::from([
-        part("layers", LAYERS.to_owned()),
-        part(BASE, facts.base_sha256.clone()),
-        part("disk", disk_size.bytes().to_string()),
-        part("arch", recipe.base.arch.as_str().to_owned()),
-        part("boot", boot.as_str().to_owned()),
-        part("network", recipe.machine.network.as_str().to_owned()),
-    ]);
+    let mut parts = Parts::default();
+    parts.add(Part::Layers, LAYERS);
+    parts.add(Part::Base, &facts.base_sha256);
+    parts.add(Part::Disk, disk_size.bytes().to_string());
+    parts.add(Part::Arch, recipe.base.arch.as_str());
+    parts.add(Part::Boot, boot.as_str());
+    parts.add(Part::Network, recipe.machine.network.as_str());
     let mut layers = vec![Layer { name: "the booted base".to_owned(), key: digest(&parts), parts, cached: true }];
     for (step, inputs) in recipe.steps.iter().zip(&facts.inputs) {
         let (parent, cached) = layers.last().map(|layer| (layer.key.clone(), layer.cached)).unwrap_or_default();
         let mut parts = inputs.clone();
-        parts.extend([part(PARENT, parent), part("reboot", step.reboot.to_string())]);
+        parts.add(Part::Parent, parent);
+        parts.add(Part::Reboot, step.reboot.to_string());
         // What follows a step that always runs depends on what it did this time.
         layers.push(Layer { name: step.name.clone(), key: digest(&parts), parts, cached: cached && step.cache });
     }
@@ -241,8 +355,14 @@ mod tests {
         crate::recipe::parse(Path::new("web.toml"), &text, &[]).unwrap()
     }
 
+    fn parts(values: &[(Part<'_>, &str)]) -> Parts {
+        let mut parts = Parts::default();
+        values.iter().for_each(|(part, value)| parts.add(*part, *value));
+        parts
+    }
+
     fn facts() -> Facts {
-        let inputs = vec![Parts::from([("script".to_owned(), "ab".to_owned())]); 3];
+        let inputs = vec![parts(&[(Part::Script, "ab")]); 3];
         let base_sha256 = "cd".repeat(32);
         Facts { base_size: 5 * GIB / 2, direct: Ok(()), base_arch: Some(Arch::X86_64), base_sha256, inputs }
     }
@@ -286,7 +406,7 @@ mod tests {
         let same = format!("description = \"new words\"\n[machine]\ncpus = 4\nmemory = \"2GiB\"\n# words\n{STEPS}");
         assert_eq!(keys(&recipe(&same.replace("description = \"new words\"\n", "")), &facts()), first);
         let mut changed = facts();
-        changed.inputs[1].insert("env A".to_owned(), "1".to_owned());
+        changed.inputs[1].add(Part::Env("A"), "1");
         let second = keys(&recipe(STEPS), &changed);
         assert_eq!(second[..2], first[..2]);
         assert!(second[2] != first[2] && second[3] != first[3]);
@@ -308,15 +428,29 @@ mod tests {
 
     #[test]
     fn differences_are_told_with_before_and_after() {
-        let parts = |pairs: &[(&str, &str)]| -> Parts {
-            pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
-        };
         let (a, b) = ("a".repeat(64), "b".repeat(64));
-        let before = parts(&[("script", &a), ("env A", "1"), ("to", "/srv/")]);
-        let now = parts(&[("script", &b), ("to", "/srv/"), ("file x", &format!("644 {a}"))]);
+        let before = parts(&[(Part::Script, &a), (Part::Env("A"), "1"), (Part::To, "/srv/")]);
+        let now = parts(&[(Part::Script, &b), (Part::To, "/srv/"), (Part::File(b"x"), &format!("644 {a}"))]);
         let expected =
             ["env A is gone, it was `1`", "file x is new: `644 aaaaaaaa`", "script: `aaaaaaaa` became `bbbbbbbb`"];
         assert_eq!(differences(&before, &now), expected);
         assert_eq!(differences(&now, &now), [""; 0]);
+    }
+
+    #[test]
+    fn every_part_has_a_name_of_its_own_and_a_reason() {
+        let names: std::collections::BTreeSet<_> = Part::ALL.iter().map(|part| part.name()).collect();
+        assert_eq!(names.len(), Part::ALL.len());
+        for part in Part::ALL {
+            let why = part.why();
+            assert!(why.ends_with('.') && !why.contains(['|', '\n']) && why.len() <= 80, "{part:?}: {why}");
+        }
+    }
+
+    #[test]
+    fn a_files_name_may_be_any_bytes() {
+        assert_eq!(Part::File(b"a b").name(), "file a b");
+        assert_ne!(Part::File(b"\xff").name(), Part::File("\u{fffd}".as_bytes()).name());
+        assert_ne!(Part::File(b"\xff").name(), Part::File(b"\\xff").name());
     }
 }

@@ -1,5 +1,7 @@
 //! A build that has nothing to do, because its output is there.
 
+use std::collections::BTreeMap;
+
 use super::manifest::{DISK, Manifest, PublishFacts, TestFacts};
 use super::{Artifact, Fresh, Inputs, Request, from_home, make_plan, session, verify};
 use crate::cancel::Cancel;
@@ -47,7 +49,7 @@ pub(super) fn artifact_key(recipe: &Recipe, plan: &Plan, publish: &PublishFacts)
     let keep: Vec<_> = recipe.seal.keep.iter().map(|keep| keep.as_str()).collect();
     let tests = serde_json::to_string(&TestFacts::of(recipe)).unwrap_or_default();
     let publish = serde_json::to_string(publish).unwrap_or_default();
-    plan::digest(&plan::Parts::from([
+    plan::digest(&BTreeMap::from([
         part("layer", plan.layers.last().map(|layer| layer.key.clone()).unwrap_or_default()),
         part("name", recipe.name.clone()),
         part("description", recipe.description.clone()),

@@ -13,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 use super::uefi_data;
 use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
-use crate::plan::Parts;
+use crate::plan::{Part, Parts};
 use crate::provisioners;
 use crate::recipe::{Action, Recipe, Step};
 use crate::units::hex;
@@ -105,24 +105,23 @@ fn parts(
     epoch: Option<u64>,
     cancel: &Cancel,
 ) -> Result<Parts, Lost> {
-    let mut parts = Parts::new();
-    let mut add = |name: &str, value: String| drop(parts.insert(name.to_owned(), value));
+    let mut parts = Parts::default();
     match &step.action {
         Action::Copy { to, contents, owner, mode, from } => {
-            add("action", if *contents { "copy what is in it" } else { "copy" }.to_owned());
-            add("from", from.file_name().unwrap_or_default().to_string_lossy().into_owned());
-            add("to", to.clone());
-            add("owner", owner.clone().unwrap_or_else(|| "root".to_owned()));
-            add("mode", mode.map_or_else(|| "as it is".to_owned(), |mode| format!("{mode:04o}")));
+            parts.add(Part::Action, if *contents { "copy what is in it" } else { "copy" });
+            parts.add(Part::From, from.file_name().unwrap_or_default().to_string_lossy().into_owned());
+            parts.add(Part::To, to.clone());
+            parts.add(Part::Owner, owner.clone().unwrap_or_else(|| "root".to_owned()));
+            parts.add(Part::Mode, mode.map_or_else(|| "as it is".to_owned(), |mode| format!("{mode:04o}")));
         }
         Action::Uses { provisioner, .. } => {
-            add("action", format!("uses {}", provisioner.name));
-            add("library", hex(&Sha256::digest(provisioners::LIBRARY)));
+            parts.add(Part::Action, format!("uses {}", provisioner.name));
+            parts.add(Part::Library, hex(&Sha256::digest(provisioners::LIBRARY)));
         }
-        Action::File { .. } | Action::Inline { .. } => add("action", "script".to_owned()),
+        Action::File { .. } | Action::Inline { .. } => parts.add(Part::Action, "script".to_owned()),
     }
     if let Some(script) = script {
-        add("script", hex(&Sha256::digest(script)));
+        parts.add(Part::Script, hex(&Sha256::digest(script)));
         // Names change nothing, unless the script looks at them.
         let looks_at =
             |name: &str| !trees.is_empty() || script.windows(name.len()).any(|window| window == name.as_bytes());
@@ -130,11 +129,11 @@ fn parts(
         for (name, value) in environment(recipe, step).into_iter().filter(|(name, _)| !unseen(name)) {
             let secret = SECRET.iter().any(|word| name.to_ascii_uppercase().contains(word));
             let shown = if secret { format!("sha256 {}", hex(&Sha256::digest(&value))) } else { value };
-            add(&format!("env {name}"), shown);
+            parts.add(Part::Env(&name), shown);
         }
     }
     if let Some(epoch) = epoch {
-        add("SOURCE_DATE_EPOCH", epoch.to_string());
+        parts.add(Part::SourceDateEpoch, epoch.to_string());
     }
     for (name, path) in trees {
         add_tree(&mut parts, name, path, cancel)?;
@@ -146,8 +145,6 @@ fn add_tree(parts: &mut Parts, name: &Path, path: &Path, cancel: &Cancel) -> Res
     let lost = |error: io::Error| (path.to_owned(), error);
     let metadata = std::fs::symlink_metadata(path).map_err(lost)?;
     let kind = metadata.file_type();
-    // Names need not be UTF-8: escaped, no two are alike.
-    let part = format!("file {}", name.as_os_str().as_bytes().escape_ascii());
     let value = if kind.is_symlink() {
         format!("link to {}", std::fs::read_link(path).map_err(lost)?.as_os_str().as_bytes().escape_ascii())
     } else if kind.is_dir() {
@@ -160,7 +157,7 @@ fn add_tree(parts: &mut Parts, name: &Path, path: &Path, cancel: &Cancel) -> Res
     } else {
         return Err(lost(io::Error::other("it is neither a file, a folder nor a link")));
     };
-    parts.insert(part, value);
+    parts.add(Part::File(name.as_os_str().as_bytes()), value);
     Ok(())
 }
 

@@ -14,7 +14,7 @@ use super::turns::Turn;
 use super::{disk_failure, guest_failure};
 use crate::disk::{Backing, Overlay};
 use crate::error::{Error, Exit};
-use crate::plan::{self, PARENT, Plan};
+use crate::plan::{self, Part, Plan};
 use crate::store::{CLAIM_LOOK, Claim, Layer, Lookup, Pending, Record, Store};
 use crate::units::{hex, show_duration};
 use crate::vm::guest::{AGENT, Guest};
@@ -335,12 +335,12 @@ impl<'a> Layers<'a> {
         Record {
             format: 0,
             key: layer.key.clone(),
-            parent: layer.parts.get(PARENT).cloned(),
+            parent: layer.parts.value(Part::Parent).map(str::to_owned),
             backing: self.held.last().map(Layer::id),
             base: self.base.to_owned(),
             name: layer.name.clone(),
             recipe: self.recipe.to_owned(),
-            parts: layer.parts.clone(),
+            parts: (*layer.parts).clone(),
             seconds: took.as_secs_f64(),
             network_up,
         }
@@ -370,7 +370,7 @@ pub fn outlook(plan: &Plan, store: &Store) -> Vec<Outlook> {
             Lookup::Damaged(why) => made(format!("what was kept can't be used: {why}")),
             Lookup::Miss if changed => made("it follows a step that is made anew".to_owned()),
             Lookup::Miss => {
-                let parent = layer.parts.get(PARENT).map(String::as_str);
+                let parent = layer.parts.value(Part::Parent);
                 Outlook::Made(match store.children(parent, plan.base()).into_iter().next() {
                     Some(last) => plan::differences(&last.parts, &layer.parts),
                     None => vec!["nothing was kept in its place".to_owned()],
