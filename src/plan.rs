@@ -12,7 +12,7 @@ use crate::recipe::{Arch, Boot, Network, Recipe};
 use crate::units::{GIB, Size, hex};
 
 /// The version of what layers hold and of how their keys are made. It is part of every key.
-const LAYERS: &str = "2";
+const LAYERS: &str = "3";
 
 /// Which keys a part is in. A step's key has its parent's key, and so depends on all that is in the base's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,6 +158,8 @@ pub struct Facts {
     pub base_arch: Option<Arch>,
     /// SHA-256 of the base image.
     pub base_sha256: String,
+    /// SHA-256 of kiln's own guest code.
+    pub guest_code: &'static str,
     /// What each step depends on, in order.
     pub inputs: Vec<Parts>,
 }
@@ -266,6 +268,7 @@ impl Plan {
 fn layers(recipe: &Recipe, facts: &Facts, disk_size: Size, boot: &BootPath) -> Vec<Layer> {
     let mut parts = Parts::default();
     parts.add(Part::Layers, LAYERS);
+    parts.add(Part::Guest, facts.guest_code);
     parts.add(Part::Base, &facts.base_sha256);
     parts.add(Part::Disk, disk_size.bytes().to_string());
     parts.add(Part::Arch, recipe.base.arch.as_str());
@@ -364,7 +367,14 @@ mod tests {
     fn facts() -> Facts {
         let inputs = vec![parts(&[(Part::Script, "ab")]); 3];
         let base_sha256 = "cd".repeat(32);
-        Facts { base_size: 5 * GIB / 2, direct: Ok(()), base_arch: Some(Arch::X86_64), base_sha256, inputs }
+        Facts {
+            base_size: 5 * GIB / 2,
+            direct: Ok(()),
+            base_arch: Some(Arch::X86_64),
+            base_sha256,
+            guest_code: "",
+            inputs,
+        }
     }
 
     #[test]
@@ -416,6 +426,20 @@ mod tests {
         let closed = keys(&recipe(&format!("[machine]\nnetwork = \"none\"\n{STEPS}")), &facts());
         assert_ne!(closed[0], first[0], "the booted base has its network");
         assert_ne!(closed[1], first[1]);
+    }
+
+    #[test]
+    fn what_the_booted_base_depends_on_is_in_every_key() {
+        const STEP: &str = "[[provision]]\ninline = \"a\"\n";
+        let keys = |recipe: &Recipe, facts: &Facts| -> Vec<String> {
+            Plan::new(recipe, facts).unwrap().layers.into_iter().map(|layer| layer.key).collect()
+        };
+        let first = keys(&recipe(STEP), &facts());
+        let differs = |other: Vec<String>, what: &str| {
+            assert!(other.iter().zip(&first).all(|(other, first)| other != first), "{what}");
+        };
+        differs(keys(&recipe(STEP), &Facts { guest_code: "other", ..facts() }), "kiln's guest code");
+        differs(keys(&recipe(STEP), &Facts { base_sha256: "ef".repeat(32), ..facts() }), "the base");
     }
 
     #[test]

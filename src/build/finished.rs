@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::manifest::{DISK, Manifest, PublishFacts, TestFacts};
-use super::{Artifact, Fresh, Inputs, Request, from_home, make_plan, session, verify};
+use super::{Artifact, Fresh, Inputs, Request, from_home, guest_code, make_plan, verify};
 use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::event::Events;
@@ -54,7 +54,7 @@ pub(super) fn artifact_key(recipe: &Recipe, plan: &Plan, publish: &PublishFacts)
         part("name", recipe.name.clone()),
         part("description", recipe.description.clone()),
         part("seal", format!("{} {}", recipe.seal.enabled, keep.join(" "))),
-        part("scripts", [session::SETTLE, session::SEAL, session::NETWORK_DOWN].concat()),
+        part("guest", guest_code().to_owned()),
         part("kiln", env!("CARGO_PKG_VERSION").to_owned()),
         part("tests", tests),
         part("publish", publish),

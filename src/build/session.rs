@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::archive::environment;
-use super::guest_failure;
 use super::log::Answer;
+use super::{guest_code, guest_failure};
 use crate::cancel::Cancel;
 use crate::disk::{self, Backing, Image, Overlay, Table};
 use crate::error::{Error, Exit};
@@ -19,7 +19,7 @@ use crate::units::show_duration;
 use crate::vm::guest::{Ended, Guest};
 use crate::vm::memory::GuestMemory;
 use crate::vm::process::{Launch, Machine};
-use crate::vm::spec::{self, Accelerator, Boot, DiskBus, MemoryState, Spec};
+use crate::vm::spec::{self, Accelerator, Boot, MemoryState, Spec};
 use crate::vm::{self, Sink, filter, host::Host, seed};
 
 /// How long a guest may take to boot, under software emulation of a slow host, unless the recipe says otherwise.
@@ -34,12 +34,12 @@ const RESUME_LIMIT: Duration = Duration::from_secs(60);
 /// How long kiln's own scripts may take.
 const OWN_LIMIT: Duration = Duration::from_secs(300);
 
-pub(super) const NETWORK_UP: &str = include_str!("guest/network-up.sh");
-pub(super) const NETWORK_DOWN: &str = include_str!("guest/network-down.sh");
-pub(super) const GROW: &str = include_str!("guest/grow.sh");
-pub(super) const SETTLE: &str = include_str!("guest/settle.sh");
-pub(super) const SEAL: &str = include_str!("guest/seal.sh");
-pub(super) const PACKAGES: &str = include_str!("guest/packages.sh");
+const NETWORK_UP: &str = include_str!("guest/network-up.sh");
+const NETWORK_DOWN: &str = include_str!("guest/network-down.sh");
+const GROW: &str = include_str!("guest/grow.sh");
+const SETTLE: &str = include_str!("guest/settle.sh");
+const SEAL: &str = include_str!("guest/seal.sh");
+const PACKAGES: &str = include_str!("guest/packages.sh");
 
 /// What the agent's drive brings for [`Session::own`], each script as a function.
 pub(super) fn library() -> String {
@@ -196,21 +196,16 @@ impl Session<'_> {
     }
 
     fn spec_with(&self, boot: Boot, memory_state: MemoryState) -> Spec {
-        let file = |name: &str| self.scratch.join(name);
         Spec {
             accelerator: self.accelerator,
             cpus: self.recipe.machine.cpus,
             memory: self.recipe.machine.memory,
             overlay: self.overlay(),
-            bus: DiskBus::Virtio,
-            agent: Some(file("agent")),
-            seed: matches!(boot, Boot::Bios | Boot::Uefi { .. }).then(|| file("seed")),
-            boot,
             network: match self.recipe.machine.network {
                 Network::None => spec::Network::None,
                 Network::Open | Network::Locked => spec::Network::Filtered,
             },
-            memory_state,
+            ..guest_code::machine(boot, memory_state, self.scratch)
         }
     }
 
@@ -364,7 +359,7 @@ pub(crate) fn uefi(host: &Host, folder: &Path) -> Result<Boot, Error> {
 /// (`tb_cmp` in QEMU's accel/tcg/cpu-exec.c; starting one takes 45 ms then, 13 ms so), and what a step makes must not
 /// depend on addresses. The journal stays in memory (systemd-debug-generator(8) has the masks): nothing
 /// holds a file of the disk open at the end, and no log of a build is in an image.
-fn command_line(root: &str) -> String {
+pub(super) fn command_line(root: &str) -> String {
     format!(
         "root={root} rw console=ttyS0 quiet panic=-1 apparmor=0 cryptomgr.notests norandmaps \
          init_on_alloc=0 cloud-init=disabled \
@@ -372,7 +367,7 @@ fn command_line(root: &str) -> String {
     )
 }
 
-fn network_environment() -> BTreeMap<String, String> {
+pub(super) fn network_environment() -> BTreeMap<String, String> {
     let address = |[a, b, c, d]: [u8; 4]| format!("{a}.{b}.{c}.{d}");
     BTreeMap::from([
         ("KILN_MAC".to_owned(), spec::MAC.to_owned()),

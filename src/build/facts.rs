@@ -1,0 +1,79 @@
+//! What a build must know before it decides, gathered from base, host and inputs; and the plan that follows from it.
+
+use super::inputs::{self, Inputs};
+use super::{disk_failure, guest_code, import_base};
+use crate::cancel::Cancel;
+use crate::disk::{self, Image, Table};
+use crate::error::{Error, Exit};
+use crate::event::Events;
+use crate::plan::{Facts, Plan};
+use crate::recipe::{Arch, Recipe};
+use crate::store::{Imported, Store};
+use crate::vm::host::Host;
+
+/// What a build of `recipe` would do; the base is imported for it.
+///
+/// # Errors
+/// What a build would fail with before it starts anything.
+pub fn plan(
+    recipe: &Recipe,
+    host: &Host,
+    store: &Store,
+    events: &Events,
+    cancel: &Cancel,
+) -> Result<(Plan, Imported), Error> {
+    let inputs = inputs::read(recipe, None, cancel)?;
+    let base = import_base(recipe, host, store, events, cancel)?;
+    Ok((make_plan(recipe, &base, &inputs)?.0, base))
+}
+
+/// What is to be done, the kernel's `root=`, and the sectors that make the partition table right for the new size.
+pub(super) fn make_plan(recipe: &Recipe, base: &Imported, inputs: &[Inputs]) -> Result<(Plan, String, Growth), Error> {
+    let at_base = |error: disk::Error| disk_failure(error).at(recipe.place(&recipe.base.span));
+    let image = Image::raw(&base.disk).map_err(at_base)?;
+    let table = Table::read(&image).map_err(at_base)?;
+    let root = table.find_root(&image).map_err(at_base)?;
+    let files = match disk::boot_files(&table, &image).map_err(at_base)? {
+        Ok(files) => files.check().map_err(at_base)?.map(|()| files),
+        why => why,
+    };
+    let arch = match &files {
+        Ok(files) => Some(files.arch),
+        Err(_) => table.arch(&image).map_err(at_base)?,
+    };
+    let facts = Facts {
+        base_size: table.size,
+        base_arch: arch.map(|arch| match arch {
+            disk::Arch::X86_64 => Arch::X86_64,
+            disk::Arch::Aarch64 => Arch::Aarch64,
+        }),
+        base_sha256: base.sha256.clone(),
+        guest_code: guest_code(),
+        inputs: inputs.iter().map(|inputs| inputs.parts.clone()).collect(),
+        direct: files.as_ref().map(drop).map_err(Clone::clone),
+    };
+    let kernel_root = files.map_or_else(|_| String::new(), |files| files.root);
+    let plan = Plan::new(recipe, &facts)?;
+    let size = plan.disk_size.bytes();
+    let patches = match root {
+        // Also a base that is as large already may have room behind its root: one that qemu-img resized.
+        Some(root) if size == table.size => table.grow(size, root.number).unwrap_or_default(),
+        None if size == table.size => Vec::new(),
+        Some(root) => table.grow(size, root.number).map_err(|error| {
+            let error = disk_failure(error);
+            let span = recipe.disk.span.as_ref().unwrap_or(&recipe.base.span);
+            error.at(recipe.place(span))
+        })?,
+        None => {
+            return Err(Error::new(Exit::Input, "the base has no root partition that kiln could grow")
+                .at(recipe.place(&recipe.base.span)));
+        }
+    };
+    Ok((plan, kernel_root, Growth { grows: size != table.size || !patches.is_empty(), patches }))
+}
+
+/// How the base's partition table changes.
+pub(super) struct Growth {
+    pub(super) grows: bool,
+    pub(super) patches: Vec<disk::Patch>,
+}
