@@ -125,6 +125,9 @@ pub enum Command {
         /// Set a key of the recipe, e.g. disk.size=8GiB
         #[arg(long, value_name = "KEY=VALUE")]
         set: Vec<String>,
+        /// Which accelerator the build would use
+        #[arg(long, value_enum, default_value = "auto")]
+        accel: Accel,
     },
     /// Boot a built disk by its own firmware and run the recipe's tests in it
     Test {
@@ -231,6 +234,9 @@ pub enum Cache {
         /// Set a key of the recipes, e.g. disk.size=8GiB
         #[arg(long, value_name = "KEY=VALUE")]
         set: Vec<String>,
+        /// Which accelerator the builds use
+        #[arg(long, value_enum, default_value = "auto")]
+        accel: Accel,
     },
     /// Take what is in such a file
     Import {

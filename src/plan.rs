@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::Deref;
 
 use sha2::{Digest as _, Sha256};
@@ -147,6 +148,26 @@ pub fn digest(parts: &BTreeMap<String, String>) -> String {
     hex(&hasher.finalize())
 }
 
+/// What runs the guest's instructions, as far as the guest can tell.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Acceleration {
+    /// `kvm` or `tcg`.
+    #[serde(rename = "accelerator")]
+    pub name: String,
+    /// Under KVM the vendor of the host's processor, for example `GenuineIntel`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vendor: Option<String>,
+}
+
+impl fmt::Display for Acceleration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.vendor {
+            Some(vendor) => write!(f, "{} {vendor}", self.name),
+            None => f.write_str(&self.name),
+        }
+    }
+}
+
 /// What a plan needs to know of the base and the host. `build` gathers it.
 #[derive(Debug, Clone)]
 pub struct Facts {
@@ -160,6 +181,8 @@ pub struct Facts {
     pub base_sha256: String,
     /// SHA-256 of kiln's own guest code.
     pub guest_code: &'static str,
+    /// What runs the guest's instructions.
+    pub acceleration: Acceleration,
     /// What each step depends on, in order.
     pub inputs: Vec<Parts>,
 }
@@ -274,6 +297,10 @@ fn layers(recipe: &Recipe, facts: &Facts, disk_size: Size, boot: &BootPath) -> V
     parts.add(Part::Arch, recipe.base.arch.as_str());
     parts.add(Part::Boot, boot.as_str());
     parts.add(Part::Network, recipe.machine.network.as_str());
+    parts.add(Part::Cpus, recipe.machine.cpus.to_string());
+    parts.add(Part::Memory, recipe.machine.memory.bytes().to_string());
+    parts.add(Part::Processor, recipe.machine.cpu.as_str());
+    parts.add(Part::Accelerator, facts.acceleration.to_string());
     let mut layers = vec![Layer { name: "the booted base".to_owned(), key: digest(&parts), parts, cached: true }];
     for (step, inputs) in recipe.steps.iter().zip(&facts.inputs) {
         let (parent, cached) = layers.last().map(|layer| (layer.key.clone(), layer.cached)).unwrap_or_default();
@@ -364,6 +391,10 @@ mod tests {
         parts
     }
 
+    fn acceleration(name: &str, vendor: Option<&str>) -> Acceleration {
+        Acceleration { name: name.to_owned(), vendor: vendor.map(str::to_owned) }
+    }
+
     fn facts() -> Facts {
         let inputs = vec![parts(&[(Part::Script, "ab")]); 3];
         let base_sha256 = "cd".repeat(32);
@@ -373,6 +404,7 @@ mod tests {
             base_arch: Some(Arch::X86_64),
             base_sha256,
             guest_code: "",
+            acceleration: acceleration("tcg", None),
             inputs,
         }
     }
@@ -413,19 +445,13 @@ mod tests {
         };
         let first = keys(&recipe(STEPS), &facts());
         assert_eq!(first.len(), 4);
-        let same = format!("description = \"new words\"\n[machine]\ncpus = 4\nmemory = \"2GiB\"\n# words\n{STEPS}");
-        assert_eq!(keys(&recipe(&same.replace("description = \"new words\"\n", "")), &facts()), first);
+        let same = format!("# a comment\n[machine]\ntimeout = \"5m\"\nmemory = \"1GiB\"\ncpus = 2\n{STEPS}");
+        assert_eq!(keys(&recipe(&same), &facts()), first, "defaults, and what only limits the build");
         let mut changed = facts();
         changed.inputs[1].add(Part::Env("A"), "1");
         let second = keys(&recipe(STEPS), &changed);
         assert_eq!(second[..2], first[..2]);
         assert!(second[2] != first[2] && second[3] != first[3]);
-        for more in ["[disk]\nsize = \"4GiB\"\n", "[machine]\nboot = \"firmware\"\n"] {
-            assert_ne!(keys(&recipe(&format!("{more}{STEPS}")), &facts())[0], first[0], "{more}");
-        }
-        let closed = keys(&recipe(&format!("[machine]\nnetwork = \"none\"\n{STEPS}")), &facts());
-        assert_ne!(closed[0], first[0], "the booted base has its network");
-        assert_ne!(closed[1], first[1]);
     }
 
     #[test]
@@ -440,6 +466,23 @@ mod tests {
         };
         differs(keys(&recipe(STEP), &Facts { guest_code: "other", ..facts() }), "kiln's guest code");
         differs(keys(&recipe(STEP), &Facts { base_sha256: "ef".repeat(32), ..facts() }), "the base");
+        let mut seen = std::collections::BTreeSet::new();
+        for vendor in ["GenuineIntel", "AuthenticAMD"] {
+            let acceleration = acceleration("kvm", Some(vendor));
+            let other = keys(&recipe(STEP), &Facts { acceleration, ..facts() });
+            differs(other.clone(), "the accelerator");
+            assert!(seen.insert(other), "the vendor");
+        }
+        for more in [
+            "[disk]\nsize = \"4GiB\"",
+            "[machine]\nboot = \"firmware\"",
+            "[machine]\nnetwork = \"none\"",
+            "[machine]\ncpus = 4",
+            "[machine]\nmemory = \"2GiB\"",
+            "[machine]\ncpu = \"x86-64-v2\"",
+        ] {
+            differs(keys(&recipe(&format!("{more}\n{STEP}")), &facts()), more);
+        }
     }
 
     #[test]
@@ -468,6 +511,23 @@ mod tests {
         for part in Part::ALL {
             let why = part.why();
             assert!(why.ends_with('.') && !why.contains(['|', '\n']) && why.len() <= 80, "{part:?}: {why}");
+        }
+    }
+
+    #[test]
+    fn a_plan_has_the_parts_of_each_kind_of_key() {
+        let recipe = recipe("[[provision]]\ninline = \"a\"\n");
+        let every_step_part = Part::ALL.iter().filter(|part| part.key() == KeyKind::Step);
+        let inputs = every_step_part.fold(Parts::default(), |mut parts, part| {
+            parts.add(*part, "x");
+            parts
+        });
+        let plan = Plan::new(&recipe, &Facts { inputs: vec![inputs], ..facts() }).unwrap();
+        for (layer, kind) in plan.layers.iter().zip([KeyKind::Base, KeyKind::Step]) {
+            let documented = Part::ALL.iter().filter(|part| part.key() == kind).map(|part| part.name().into_owned());
+            let mut documented: Vec<_> = documented.collect();
+            documented.sort();
+            assert_eq!(layer.parts.keys().cloned().collect::<Vec<_>>(), documented);
         }
     }
 

@@ -256,7 +256,7 @@ fn the_doctor_says_what_is_there_and_what_is_not() {
 #[test]
 fn a_plan_says_what_would_run_and_runs_nothing() {
     let bench = bench();
-    let plan = bench.kiln(["-q", "plan", "web.toml"]).run().succeeded();
+    let plan = bench.kiln(["-q", "plan", "web.toml", "--accel", "tcg"]).run().succeeded();
     let rest = plan.split_once('\n').unwrap().1;
     assert_eq!(
         rest,

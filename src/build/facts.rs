@@ -6,29 +6,38 @@ use crate::cancel::Cancel;
 use crate::disk::{self, Image, Table};
 use crate::error::{Error, Exit};
 use crate::event::Events;
-use crate::plan::{Facts, Plan};
-use crate::recipe::{Arch, Recipe};
+use crate::plan::{Acceleration, Facts, Plan};
+use crate::recipe::{Arch, CpuLevel, Recipe};
 use crate::store::{Imported, Store};
+use crate::vm::accelerator;
 use crate::vm::host::Host;
+use crate::vm::spec::{Accelerator, Processor};
 
-/// What a build of `recipe` would do; the base is imported for it.
+/// What a build of `recipe` would do with this accelerator and `SOURCE_DATE_EPOCH`; the base is imported for it.
 ///
 /// # Errors
 /// What a build would fail with before it starts anything.
 pub fn plan(
     recipe: &Recipe,
+    accelerator: Accelerator,
+    epoch: Option<u64>,
     host: &Host,
     store: &Store,
     events: &Events,
     cancel: &Cancel,
 ) -> Result<(Plan, Imported), Error> {
-    let inputs = inputs::read(recipe, None, cancel)?;
+    let inputs = inputs::read(recipe, epoch, cancel)?;
     let base = import_base(recipe, host, store, events, cancel)?;
-    Ok((make_plan(recipe, &base, &inputs)?.0, base))
+    Ok((make_plan(recipe, &base, &inputs, &acceleration(accelerator))?.0, base))
 }
 
 /// What is to be done, the kernel's `root=`, and the sectors that make the partition table right for the new size.
-pub(super) fn make_plan(recipe: &Recipe, base: &Imported, inputs: &[Inputs]) -> Result<(Plan, String, Growth), Error> {
+pub(super) fn make_plan(
+    recipe: &Recipe,
+    base: &Imported,
+    inputs: &[Inputs],
+    acceleration: &Acceleration,
+) -> Result<(Plan, String, Growth), Error> {
     let at_base = |error: disk::Error| disk_failure(error).at(recipe.place(&recipe.base.span));
     let image = Image::raw(&base.disk).map_err(at_base)?;
     let table = Table::read(&image).map_err(at_base)?;
@@ -49,6 +58,7 @@ pub(super) fn make_plan(recipe: &Recipe, base: &Imported, inputs: &[Inputs]) -> 
         }),
         base_sha256: base.sha256.clone(),
         guest_code: guest_code(),
+        acceleration: acceleration.clone(),
         inputs: inputs.iter().map(|inputs| inputs.parts.clone()).collect(),
         direct: files.as_ref().map(drop).map_err(Clone::clone),
     };
@@ -70,6 +80,23 @@ pub(super) fn make_plan(recipe: &Recipe, base: &Imported, inputs: &[Inputs]) -> 
         }
     };
     Ok((plan, kernel_root, Growth { grows: size != table.size || !patches.is_empty(), patches }))
+}
+
+/// What the guest can tell of the accelerator on this host.
+pub(super) fn acceleration(accelerator: Accelerator) -> Acceleration {
+    let vendor = match accelerator {
+        Accelerator::Kvm => Some(accelerator::host_vendor()),
+        Accelerator::Tcg => None,
+    };
+    Acceleration { name: accelerator.as_str().to_owned(), vendor }
+}
+
+/// The processor that the recipe asks for.
+pub(super) fn processor(recipe: &Recipe) -> Processor {
+    match recipe.machine.cpu {
+        CpuLevel::V2 => Processor::V2,
+        CpuLevel::V3 => Processor::V3,
+    }
 }
 
 /// How the base's partition table changes.

@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 
 use super::manifest::{DISK, Manifest, PublishFacts, TestFacts};
-use super::{Artifact, Fresh, Inputs, Request, from_home, guest_code, make_plan, verify};
+use super::{Artifact, Fresh, Inputs, Request, acceleration, from_home, guest_code, make_plan, verify};
 use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::event::Events;
 use crate::plan::{self, Plan};
 use crate::recipe::{self, Recipe};
 use crate::store::Store;
+use crate::vm::accelerator::Wanted;
+use crate::vm::spec::Accelerator;
 
 /// The output of an earlier build, if it is what this build would make: then there is nothing to do.
 pub(super) fn finished(
@@ -28,7 +30,13 @@ pub(super) fn finished(
     let folder = request.out.join(&recipe.name);
     let Ok(manifest) = Manifest::read(&folder) else { return Ok(None) };
     let Some(base) = store.imported(&from_home(path), recipe.base.digest.as_ref(), cancel)? else { return Ok(None) };
-    let (plan, ..) = make_plan(recipe, &base, inputs)?;
+    // A probe would start QEMU. Where the user leaves the choice, what made the output is as good as any.
+    let acceleration = match request.accelerator {
+        Wanted::Auto => manifest.guest.acceleration.clone(),
+        Wanted::Kvm => acceleration(Accelerator::Kvm),
+        Wanted::Tcg => acceleration(Accelerator::Tcg),
+    };
+    let (plan, ..) = make_plan(recipe, &base, inputs, &acceleration)?;
     let same = plan.layers.iter().all(|layer| layer.cached)
         && manifest.artifact == artifact_key(recipe, &plan, publish)
         && folder.join(DISK).is_file();

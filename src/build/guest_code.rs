@@ -10,7 +10,7 @@ use super::session::{self, command_line, library};
 use crate::units::{GIB, Size, hex};
 use crate::vm::guest::AGENT;
 use crate::vm::seed;
-use crate::vm::spec::{Accelerator, Boot, DiskBus, MemoryState, Network, Spec};
+use crate::vm::spec::{Accelerator, Boot, DiskBus, MemoryState, Network, Processor, Spec};
 
 /// SHA-256 of all that kiln brings into a build guest, in hex.
 pub(super) fn guest_code() -> &'static str {
@@ -35,15 +35,18 @@ fn texts() -> Vec<String> {
     scripts.into_iter().chain(environment).chain(shapes()).collect()
 }
 
-/// The machines of every accelerator and every way to boot. Their processors and memory are parts of their own.
+/// The machines of every accelerator and processor, and of every way to boot. Which of them a guest has, the number of
+/// processors and the size of the memory are parts of their own.
 fn shapes() -> impl Iterator<Item = String> {
     let boots = || {
         let direct = Boot::Direct { kernel: PathBuf::new(), initrd: None, command_line: command_line("ROOT") };
         [direct, Boot::Bios, Boot::Uefi { code: PathBuf::new(), variables: PathBuf::new() }]
     };
-    [Accelerator::Kvm, Accelerator::Tcg].into_iter().flat_map(move |accelerator| {
+    let (accelerators, processors) = ([Accelerator::Kvm, Accelerator::Tcg], [Processor::V2, Processor::V3]);
+    let pairs = accelerators.into_iter().flat_map(move |one| processors.map(|other| (one, other)));
+    pairs.flat_map(move |(accelerator, processor)| {
         let state = || MemoryState::Savable(PathBuf::new());
-        boots().map(|boot| Spec { accelerator, ..machine(boot, state(), Path::new("")) }.shape())
+        boots().map(|boot| Spec { accelerator, processor, ..machine(boot, state(), Path::new("")) }.shape())
     })
 }
 
@@ -52,6 +55,7 @@ pub(super) fn machine(boot: Boot, memory_state: MemoryState, folder: &Path) -> S
     Spec {
         accelerator: Accelerator::Tcg,
         cpus: 1,
+        processor: Processor::V3,
         memory: Size(GIB),
         overlay: folder.join("overlay"),
         bus: DiskBus::Virtio,

@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::uefi_data;
 use crate::error::{Error, Exit};
+use crate::plan::Acceleration;
 use crate::recipe::{DiskFormat, Ebs, Encryption, Recipe, Tpm, Via, Volume};
+use crate::vm::spec::Processor;
 
 /// The version of this format. A change that breaks readers raises it.
 pub const SCHEMA: u32 = 1;
@@ -84,8 +86,12 @@ pub struct Inputs {
 /// How the guest ran.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct GuestFacts {
-    /// `kvm` or `tcg`.
-    pub accelerator: String,
+    /// What ran its instructions: `accelerator`, and under KVM `vendor`.
+    #[serde(flatten)]
+    pub acceleration: Acceleration,
+    /// Its processor. Early manifests don't have it.
+    #[serde(default = "default_processor")]
+    pub processor: Processor,
     /// `direct` or `firmware`.
     pub boot: String,
     /// Processors.
@@ -226,6 +232,10 @@ impl UploadFacts {
     fn are_usual(&self) -> bool {
         *self == Self::default()
     }
+}
+
+fn default_processor() -> Processor {
+    Processor::V3
 }
 
 fn default_via() -> String {

@@ -43,7 +43,7 @@ use crate::vm::host::Host;
 use crate::vm::spec::Accelerator;
 use export::{Early, Export};
 pub use facts::plan;
-use facts::{Growth, make_plan};
+use facts::{Growth, acceleration, make_plan, processor};
 pub(crate) use failure::{disk_failure, guest_failure};
 use finished::{artifact_key, finished};
 use guest_code::guest_code;
@@ -136,7 +136,7 @@ fn build_recipe(
         None => find_host(request.accelerator, (&request.qemu, &request.qemu_img), store, events, cancel)?,
     };
     let base = import_base(recipe, &host, store, events, cancel)?;
-    let (plan, root, growth) = make_plan(recipe, &base, inputs)?;
+    let (plan, root, growth) = make_plan(recipe, &base, inputs, &acceleration(accelerator))?;
     if let BootPath::Firmware { reason } = &plan.boot {
         events.note(format!("booting by firmware: {reason}"));
     }
@@ -482,7 +482,8 @@ impl Job<'_> {
                 ("qemu-img".to_owned(), session.host.qemu_img_version.clone()),
             ]),
             guest: GuestFacts {
-                accelerator: session.accelerator.as_str().to_owned(),
+                acceleration: acceleration(session.accelerator),
+                processor: processor(recipe),
                 boot: session.plan.boot.as_str().to_owned(),
                 cpus: recipe.machine.cpus,
                 memory: recipe.machine.memory.bytes(),

@@ -13,7 +13,7 @@ use super::archive::Script;
 use super::layers::{Layers, Start, machine_key};
 use super::log::Answer;
 use super::session::Session;
-use super::{find_host, guest_failure, import_base, inputs, make_plan, now, read_recipe};
+use super::{acceleration, find_host, guest_failure, import_base, inputs, make_plan, now, read_recipe};
 use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
 use crate::event::Events;
@@ -86,7 +86,7 @@ pub fn shell(
     let programs = (&request.qemu, &request.qemu_img);
     let (host, accelerator) = find_host(request.accelerator, programs, store, events, cancel)?;
     let base = import_base(&recipe, &host, store, events, cancel)?;
-    let (plan, root, _) = make_plan(&recipe, &base, &inputs)?;
+    let (plan, root, _) = make_plan(&recipe, &base, &inputs, &acceleration(accelerator))?;
     let wanted = request.at.as_deref().map(|at| layer_at(at, &plan)).transpose()?;
     let scratch = store.scratch()?;
     let mut session = Session {

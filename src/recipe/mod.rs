@@ -217,6 +217,8 @@ pub struct Machine {
     pub cpus: u32,
     /// Memory, whole MiB, 256 MiB or more.
     pub memory: Size,
+    /// The processor that the guest sees.
+    pub cpu: CpuLevel,
     /// How it is started.
     pub boot: Boot,
     /// What it reaches.
@@ -225,6 +227,16 @@ pub struct Machine {
     pub network_span: Option<Range<usize>>,
     /// How long the guest may take to boot, and a step that doesn't say so itself; none: 10 and 30 minutes.
     pub timeout: Option<Duration>,
+}
+
+words! {
+    /// A level of the x86-64 psABI: which instruction sets a processor has at least.
+    CpuLevel {
+        /// Up to SSE4.2.
+        V2 = "x86-64-v2",
+        /// Up to AVX2, as distributions of the EL10 family need it.
+        V3 = "x86-64-v3",
+    }
 }
 
 words! {

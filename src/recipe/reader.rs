@@ -413,7 +413,7 @@ pub(super) fn nearest<'a>(word: &str, words: &[&'a str]) -> Option<&'a str> {
 /// Keys that stand in one table only.
 const HOMES: [(&str, &[&str]); 6] = [
     ("[base]", &["image", "sha256", "sha512", "arch"]),
-    ("[machine]", &["cpus", "memory", "boot", "network", "timeout"]),
+    ("[machine]", &["cpus", "memory", "cpu", "boot", "network", "timeout"]),
     ("[disk]", &["size"]),
     ("[[provision]]", &["inline", "copy", "uses", "with", "to", "owner", "mode", "files", "reboot", "run"]),
     ("[seal]", &["keep"]),

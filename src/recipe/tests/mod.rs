@@ -221,10 +221,18 @@ fn the_examples_publishing_is_read_whole() {
 }
 
 #[test]
+fn a_processor_is_a_level() {
+    for level in CpuLevel::ALL {
+        assert_eq!(read(&format!("{SMALL}[machine]\ncpu = '{level}'\n")).machine.cpu, *level);
+    }
+}
+
+#[test]
 fn what_is_left_out_has_its_default() {
     let recipe = read(SMALL);
     assert_eq!(recipe.machine.cpus, 2);
     assert_eq!(recipe.machine.memory, Size(1024 * MIB));
+    assert_eq!(recipe.machine.cpu, CpuLevel::V3);
     assert_eq!(recipe.machine.network_span, None);
     assert_eq!(recipe.disk, Disk::default());
     assert!(recipe.steps.is_empty() && recipe.tests.is_empty() && recipe.env.is_empty());
