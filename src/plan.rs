@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Deref;
+use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
@@ -232,6 +233,8 @@ pub struct Layer {
     pub parts: Parts,
     /// Whether it may be taken from the store and kept there.
     pub cached: bool,
+    /// How long it may be taken after it was made; none: for ever. It is not part of the key.
+    pub max_age: Option<Duration>,
 }
 
 /// How two collections of parts differ, in words: what changed, from what, to what.
@@ -301,14 +304,16 @@ fn layers(recipe: &Recipe, facts: &Facts, disk_size: Size, boot: &BootPath) -> V
     parts.add(Part::Memory, recipe.machine.memory.bytes().to_string());
     parts.add(Part::Processor, recipe.machine.cpu.as_str());
     parts.add(Part::Accelerator, facts.acceleration.to_string());
-    let mut layers = vec![Layer { name: "the booted base".to_owned(), key: digest(&parts), parts, cached: true }];
+    let name = "the booted base".to_owned();
+    let mut layers = vec![Layer { name, key: digest(&parts), parts, cached: true, max_age: None }];
     for (step, inputs) in recipe.steps.iter().zip(&facts.inputs) {
         let (parent, cached) = layers.last().map(|layer| (layer.key.clone(), layer.cached)).unwrap_or_default();
         let mut parts = inputs.clone();
         parts.add(Part::Parent, parent);
         parts.add(Part::Reboot, step.reboot.to_string());
         // What follows a step that always runs depends on what it did this time.
-        layers.push(Layer { name: step.name.clone(), key: digest(&parts), parts, cached: cached && step.cache });
+        let (name, cached) = (step.name.clone(), cached && step.cache);
+        layers.push(Layer { name, key: digest(&parts), parts, cached, max_age: step.max_age });
     }
     layers
 }
@@ -491,6 +496,21 @@ mod tests {
         let cached: Vec<_> =
             Plan::new(&recipe(steps), &facts()).unwrap().layers.iter().map(|layer| layer.cached).collect();
         assert_eq!(cached, [true, true, false, false]);
+    }
+
+    #[test]
+    fn how_long_a_layer_may_be_taken_is_in_no_key() {
+        let plan = |more: &str| {
+            let steps = format!("[[provision]]\ninline = \"a\"\n{more}[[provision]]\nuses = \"updates\"\n");
+            Plan::new(&recipe(&steps), &facts()).unwrap()
+        };
+        let (without, with) = (plan(""), plan("max_age = \"12h\"\n"));
+        let ages = |plan: &Plan| plan.layers.iter().map(|layer| layer.max_age).collect::<Vec<_>>();
+        let day = Some(Duration::from_hours(24));
+        assert_eq!(ages(&without), [None, None, day]);
+        assert_eq!(ages(&with), [None, Some(Duration::from_hours(12)), day]);
+        let keys = |plan: &Plan| plan.layers.iter().map(|layer| layer.key.clone()).collect::<Vec<_>>();
+        assert_eq!(keys(&without), keys(&with));
     }
 
     #[test]

@@ -219,6 +219,7 @@ fn inputs_are_listed_with_all_that_is_declared() {
         let name = provisioner["name"].as_str().unwrap();
         let text = std::fs::read_to_string(folder.join(name).join("provisioner.toml")).unwrap();
         let declared: toml::Table = text.parse().unwrap();
+        let max_age = declared.get("max_age").map(|age| kiln::units::parse_duration(age.as_str().unwrap()).unwrap());
         let mut inputs = serde_json::Map::new();
         for (key, input) in declared["inputs"].as_table().unwrap() {
             inputs.insert(
@@ -233,7 +234,10 @@ fn inputs_are_listed_with_all_that_is_declared() {
         }
         assert_eq!(
             provisioner,
-            &json!({ "name": name, "description": declared["description"].as_str(), "inputs": inputs })
+            &json!({
+                "name": name, "description": declared["description"].as_str(), "inputs": inputs,
+                "max_age": max_age.map(|age| age.as_secs()),
+            })
         );
     }
     let port = &list.as_array().unwrap().iter().find(|one| one["name"] == "nginx").unwrap()["inputs"]["port"];

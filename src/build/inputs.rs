@@ -107,11 +107,12 @@ fn parts(
 ) -> Result<Parts, Lost> {
     let mut parts = Parts::default();
     match &step.action {
-        Action::Copy { to, contents, owner, mode, from } => {
+        Action::Copy { to, contents, owner, mode, follow, from } => {
             parts.add(Part::Action, if *contents { "copy what is in it" } else { "copy" });
             parts.add(Part::From, from.file_name().unwrap_or_default().to_string_lossy().into_owned());
             parts.add(Part::To, to.clone());
             parts.add(Part::Owner, owner.clone().unwrap_or_else(|| "root".to_owned()));
+            parts.add(Part::Follow, follow.to_string());
             parts.add(Part::Mode, mode.map_or_else(|| "as it is".to_owned(), |mode| format!("{mode:04o}")));
         }
         Action::Uses { provisioner, .. } => {

@@ -85,7 +85,7 @@ fn send(
         let failed = Error::io(format!("cannot read what {what} takes in"), &error);
         if failed.help.is_some() { failed } else { failed.at(recipe.place(&step.value_span)) }
     };
-    if let Action::Copy { from, to, contents, owner, mode } = &step.action {
+    if let Action::Copy { from, to, contents, owner, mode, .. } = &step.action {
         let owner = split_owner(owner.as_deref());
         let latest = epoch.given.then_some(epoch.seconds);
         let (from, cancel) = (recipe.dir().join(from), session.cancel);

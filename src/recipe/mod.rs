@@ -33,6 +33,7 @@ pub use encryption::Encryption;
 pub use grantee::Grantee;
 pub use publish::{BootMode, DEFAULT_ROOT_DEVICE, DiskFormat, Imds, Publish, Refusal, Sse, Tpm, Via};
 pub use read::parse;
+pub use reader::nearest;
 pub use release::{Protection, Release, days, parameter};
 pub use template::{Meanings, TemplateError, TextPart, name_parts, text_parts};
 pub use volume::{Ebs, Volume, VolumeKind, VolumeType};
@@ -289,6 +290,8 @@ pub struct Step {
     pub reboot: bool,
     /// Whether a later build may take its result from the store; otherwise it always runs, and so do all after it.
     pub cache: bool,
+    /// How long its result may be taken from the store; none: for ever. A step with `cache = false` has none.
+    pub max_age: Option<Duration>,
     /// Whether the guest's memory is kept after it; none: where that saves more than it costs.
     pub checkpoint: Option<bool>,
     /// Of the `[[provision]]` header.
@@ -326,6 +329,8 @@ pub enum Action {
         owner: Option<String>,
         /// Permission bits of the files; none: as they are.
         mode: Option<u32>,
+        /// Whether a link that `from` names is followed; otherwise it is copied as a link.
+        follow: bool,
     },
     /// Runs a provisioner that kiln brings along.
     Uses {
