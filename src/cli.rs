@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 /// Build bootable disk images offline and turn them into AMIs.
 #[derive(Debug, Parser)]
 #[command(name = "kiln", version, about, max_term_width = 100, disable_help_subcommand = true)]
+#[command(after_help = crate::manual::contents())]
 pub struct Cli {
     /// Options for every command.
     #[command(flatten)]
@@ -166,6 +167,12 @@ pub enum Command {
     Provisioners,
     /// Say what this host offers for building, and what is missing
     Doctor,
+    /// Explain a command, or a topic of the manual
+    Help {
+        /// The command, or the topic [default: lists both]
+        #[arg(value_name = "COMMAND|TOPIC")]
+        words: Vec<String>,
+    },
     /// Write completions for a shell
     Completions {
         /// The shell

@@ -326,3 +326,47 @@ fn settings_from_outside_are_used_and_noted() {
     assert_eq!(manifest["size"], 2_u64 << 30);
     assert_eq!(manifest["inputs"]["set"], json!(["name=other", "disk.size=2GiB"]));
 }
+
+#[test]
+fn help_explains_commands_and_topics() {
+    let bench = Bench::empty();
+    let help = |words: &[&str]| bench.kiln([&["help"], words].concat()).run().succeeded();
+    for words in [&[][..], &["build"], &["publish"], &["cache", "export"], &["help"]] {
+        assert_eq!(help(words), bench.kiln([words, &["--help"]].concat()).run().succeeded(), "{words:?}");
+    }
+    let all = help(&[]);
+    for line in ["  build ", "  cache ", "Topics of the manual, for `kiln help TOPIC`:"] {
+        assert!(all.contains(line), "{all}");
+    }
+    let cache = help(&["cache"]);
+    assert!(cache.starts_with("# The cache\n") && cache.contains("\n| SOURCE_DATE_EPOCH "), "{cache}");
+    assert!(cache.ends_with("\nThe commands: kiln cache --help\n"), "{cache}");
+    let json = bench.kiln(["--format", "json", "help", "cache"]).run().json();
+    assert_eq!(json["help"], cache);
+}
+
+#[test]
+fn help_for_an_unknown_word_suggests_one() {
+    let bench = Bench::empty();
+    let refused = |words: &[&str]| bench.kiln([&["help"], words].concat()).run().failed(2);
+    insta::assert_snapshot!(refused(&["biuld"]), @r#"
+    error: no command or topic is called `biuld`
+     |
+    help: did you mean `build`?
+    "#);
+    insta::assert_snapshot!(refused(&["cahce"]), @r#"
+    error: no command or topic is called `cahce`
+     |
+    help: did you mean `cache`?
+    "#);
+    insta::assert_snapshot!(refused(&["cache", "exprot"]), @r#"
+    error: `kiln cache` has no command `exprot`
+     |
+    help: did you mean `export`?
+    "#);
+    insta::assert_snapshot!(refused(&["bootstrapping"]), @r#"
+    error: no command or topic is called `bootstrapping`
+     |
+    help: `kiln help` lists commands and topics
+    "#);
+}

@@ -7,6 +7,7 @@ mod copy;
 mod direct;
 mod doctor;
 mod encryption;
+mod help;
 mod images;
 mod init;
 mod object;
@@ -66,6 +67,7 @@ pub(crate) fn run(cli: Cli, ui: Ui, cancel: &Cancel) -> Result<(), Error> {
             provisioners::run(&context);
             Ok(())
         }
+        Command::Help { words } => help::run(&context, &words),
         Command::Doctor => doctor::run(&context),
         Command::Completions { shell } => {
             let mut script = Vec::new();
