@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 /// Build bootable disk images offline and turn them into AMIs.
 #[derive(Debug, Parser)]
 #[command(name = "kiln", version, about, max_term_width = 100, disable_help_subcommand = true)]
+#[command(after_help = crate::manual::contents())]
 pub struct Cli {
     /// Options for every command.
     #[command(flatten)]
@@ -125,6 +126,9 @@ pub enum Command {
         /// Set a key of the recipe, e.g. disk.size=8GiB
         #[arg(long, value_name = "KEY=VALUE")]
         set: Vec<String>,
+        /// Which accelerator the build would use
+        #[arg(long, value_enum, default_value = "auto")]
+        accel: Accel,
     },
     /// Boot a built disk by its own firmware and run the recipe's tests in it
     Test {
@@ -163,6 +167,12 @@ pub enum Command {
     Provisioners,
     /// Say what this host offers for building, and what is missing
     Doctor,
+    /// Explain a command, or a topic of the manual
+    Help {
+        /// The command, or the topic [default: lists both]
+        #[arg(value_name = "COMMAND|TOPIC")]
+        words: Vec<String>,
+    },
     /// Write completions for a shell
     Completions {
         /// The shell
@@ -231,6 +241,9 @@ pub enum Cache {
         /// Set a key of the recipes, e.g. disk.size=8GiB
         #[arg(long, value_name = "KEY=VALUE")]
         set: Vec<String>,
+        /// Which accelerator the builds use
+        #[arg(long, value_enum, default_value = "auto")]
+        accel: Accel,
     },
     /// Take what is in such a file
     Import {

@@ -27,6 +27,7 @@
 //! | [`disk`] | partition tables, filesystems, overlays, block maps: disks as bytes |
 //! | [`rehearse`] | booting a built disk as an instance would |
 //! | [`publish`] | S3 and EC2, with an undo for everything that is made; [`publish::life`]: images after they were published |
+//! | [`manual`] | the topics of `kiln help` |
 //! | [`event`], [`ui`] | what happened; how it is shown |
 //! | [`exec`], [`cancel`], [`error`], [`units`] | processes, stopping, failures, sizes and durations |
 //!
@@ -79,6 +80,8 @@
 //! of everything that can change its content, its parent's key included; a later build begins at the deepest layer that
 //! is there (`build/layers.rs`).
 //!
+//! - What is in a key is a [`plan::Part`], each with its reason; kiln's own guest code is one of them, by its digest
+//!   (`build/guest_code.rs`). `kiln help cache` explains them all.
 //! - A memory state is taken only by the machine that it came from: QEMU, its arguments, the processor. Any other boots
 //!   the layer's disk, which was written out before it was kept, and keeps the layer once more with its own memory.
 //! - A guest that is taken up has its clock set and draws new random numbers before a step runs in it; one that can't is
@@ -125,6 +128,7 @@ pub mod disk;
 pub mod error;
 pub mod event;
 pub mod exec;
+pub mod manual;
 pub mod plan;
 pub mod provisioners;
 pub mod publish;

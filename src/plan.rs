@@ -1,6 +1,10 @@
 //! Recipe and facts become a plan: what will be done, decided before anything runs. Pure.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::Deref;
+use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
@@ -10,20 +14,159 @@ use crate::recipe::{Arch, Boot, Network, Recipe};
 use crate::units::{GIB, Size, hex};
 
 /// The version of what layers hold and of how their keys are made. It is part of every key.
-const LAYERS: &str = "2";
+const LAYERS: &str = "3";
 
-/// What something depends on: names of parts, and what they are.
-pub type Parts = BTreeMap<String, String>;
+/// Which keys a part is in. A step's key has its parent's key, and so depends on all that is in the base's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyKind {
+    /// The key of the booted base.
+    Base,
+    /// The key of the state after a step.
+    Step,
+}
 
-/// SHA-256 over parts, in hex. Lengths go before names and values, so that no two collections give the same bytes.
+impl KeyKind {
+    /// The word that the manual uses.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Base => "base",
+            Self::Step => "step",
+        }
+    }
+}
+
+/// One row for each part: its key, its name, and why it is in the key.
+macro_rules! parts {
+    (
+        $(#[$meta:meta])*
+        pub enum $enum:ident<$life:lifetime> {
+            $($variant:ident $(($field:ty = $sample:literal))? => $key:ident, $name:literal, $why:literal;)+
+        }
+    ) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum $enum<$life> {
+            $(#[doc = $why] $variant $(($field))?),+
+        }
+
+        impl $enum<'static> {
+            /// All of them, in the manual's order. Variables and files stand there as `NAME`.
+            pub const ALL: &'static [Self] = &[$(Self::$variant $(($sample))?),+];
+        }
+
+        impl<$life> $enum<$life> {
+            /// Which keys it is in.
+            #[must_use]
+            pub fn key(self) -> KeyKind {
+                match self { $(Self::$variant { .. } => KeyKind::$key),+ }
+            }
+
+            /// Why it is in the key, in one sentence.
+            #[must_use]
+            pub fn why(self) -> &'static str {
+                match self { $(Self::$variant { .. } => $why),+ }
+            }
+
+            /// Its name among [`Parts`]. A file's name is escaped: it need not be UTF-8, and no two become the same.
+            #[must_use]
+            pub fn name(self) -> Cow<$life, str> {
+                let word = match self { $(Self::$variant { .. } => $name),+ };
+                match self {
+                    Self::Env(name) => format!("{word} {name}").into(),
+                    Self::File(name) => format!("{word} {}", name.escape_ascii()).into(),
+                    _ => word.into(),
+                }
+            }
+        }
+    };
+}
+
+parts! {
+    /// Something that a layer's content depends on. What is not named here is in no key.
+    pub enum Part<'a> {
+        Layers => Base, "layers", "The format of layers and of their keys may change with kiln.";
+        Guest => Base, "guest", "kiln's own scripts and devices act on the guest: their SHA-256.";
+        Base => Base, "base", "The disk begins as the base image: the SHA-256 of its file.";
+        Disk => Base, "disk", "The partition table and the root filesystem grow to this size.";
+        Arch => Base, "arch", "Another architecture runs other programs.";
+        Boot => Base, "boot", "A boot by firmware runs the boot loader and cloud-init, a direct boot doesn't.";
+        Network => Base, "network", "The guest has a network card and an address, or neither.";
+        Cpus => Base, "cpus", "Programs count the processors and configure themselves by the number.";
+        Memory => Base, "memory", "Programs read the size of the memory and configure themselves by it.";
+        Processor => Base, "processor", "Compilers and installers look at the processor's instruction sets.";
+        Accelerator => Base, "accelerator", "KVM shows the guest the vendor of the host's processor, TCG its own.";
+        Parent => Step, "parent", "A step changes what the layer before it holds: the key of that layer.";
+        Action => Step, "action", "The kind of the step: a script, a copy, or a provisioner's name.";
+        Script => Step, "script", "The script is what runs: its SHA-256.";
+        Library => Step, "library", "Provisioners call the functions in kiln's lib.sh: its SHA-256.";
+        Env(&'a str = "NAME") => Step, "env", "A script may read any variable that it is given.";
+        SourceDateEpoch => Step, "SOURCE_DATE_EPOCH", "Tools write this time into what they make.";
+        File(&'a [u8] = b"NAME") => Step, "file", "Each file that a step takes in: its kind, mode, content or link target.";
+        From => Step, "from", "A file or folder that is copied as a whole keeps its name.";
+        To => Step, "to", "The copy goes to this place.";
+        Owner => Step, "owner", "The copied files get this owner.";
+        Mode => Step, "mode", "The copied files get these permissions.";
+        Follow => Step, "follow", "A link is copied as a link, or as the file that it names.";
+        Reboot => Step, "reboot", "The layer holds the guest as it is after a reboot, or without one.";
+    }
+}
+
+/// The parts of a key by name, each with its value. It reads as a plain map; [`Parts::add`] is the only way in.
+#[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize)]
+#[serde(transparent)]
+pub struct Parts(BTreeMap<String, String>);
+
+impl Parts {
+    /// Adds a part. One that is there already gets the new value.
+    pub fn add(&mut self, part: Part<'_>, value: impl Into<String>) {
+        self.0.insert(part.name().into_owned(), value.into());
+    }
+
+    /// The value of a part.
+    #[must_use]
+    pub fn value(&self, part: Part<'_>) -> Option<&str> {
+        self.0.get(part.name().as_ref()).map(String::as_str)
+    }
+}
+
+impl Deref for Parts {
+    type Target = BTreeMap<String, String>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+/// SHA-256 over named values, in hex. Each name and value follows its length, so that no two maps give the same bytes.
 #[must_use]
-pub fn digest(parts: &Parts) -> String {
+pub fn digest(parts: &BTreeMap<String, String>) -> String {
     let mut hasher = Sha256::new();
     for text in parts.iter().flat_map(|(name, value)| [name, value]) {
         hasher.update((text.len() as u64).to_le_bytes());
         hasher.update(text);
     }
     hex(&hasher.finalize())
+}
+
+/// What runs the guest's instructions, as far as the guest can tell.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Acceleration {
+    /// `kvm` or `tcg`.
+    #[serde(rename = "accelerator")]
+    pub name: String,
+    /// Under KVM the vendor of the host's processor, for example `GenuineIntel`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vendor: Option<String>,
+}
+
+impl fmt::Display for Acceleration {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.vendor {
+            Some(vendor) => write!(f, "{} {vendor}", self.name),
+            None => f.write_str(&self.name),
+        }
+    }
 }
 
 /// What a plan needs to know of the base and the host. `build` gathers it.
@@ -37,6 +180,10 @@ pub struct Facts {
     pub base_arch: Option<Arch>,
     /// SHA-256 of the base image.
     pub base_sha256: String,
+    /// SHA-256 of kiln's own guest code.
+    pub guest_code: &'static str,
+    /// What runs the guest's instructions.
+    pub acceleration: Acceleration,
     /// What each step depends on, in order.
     pub inputs: Vec<Parts>,
 }
@@ -86,18 +233,13 @@ pub struct Layer {
     pub parts: Parts,
     /// Whether it may be taken from the store and kept there.
     pub cached: bool,
-    /// How long it may be taken.
-    pub max_age: Option<std::time::Duration>,
+    /// How long it may be taken after it was made; none: for ever. It is not part of the key.
+    pub max_age: Option<Duration>,
 }
-
-/// The part that names the parent's key.
-pub const PARENT: &str = "parent";
-/// The part of the booted base that names the base image's digest.
-const BASE: &str = "base";
 
 /// How two collections of parts differ, in words: what changed, from what, to what.
 #[must_use]
-pub fn differences(before: &Parts, now: &Parts) -> Vec<String> {
+pub fn differences(before: &BTreeMap<String, String>, now: &Parts) -> Vec<String> {
     let names: std::collections::BTreeSet<_> = before.keys().chain(now.keys()).collect();
     let words = |name: &String| match (before.get(name), now.get(name)) {
         (Some(before), Some(now)) if before == now => None,
@@ -144,36 +286,34 @@ impl Plan {
     /// SHA-256 of the base image.
     #[must_use]
     pub fn base(&self) -> &str {
-        self.layers.first().and_then(|layer| layer.parts.get(BASE)).map_or("", String::as_str)
+        self.layers.first().and_then(|layer| layer.parts.value(Part::Base)).unwrap_or_default()
     }
 }
 
-/// The keys are a chain: a changed step changes its own key and all that follow. Names, comments, paths on the host and
-/// the order of keys in the recipe are in none of them.
+/// The keys are a chain: a changed step changes its own key and all that follow.
 fn layers(recipe: &Recipe, facts: &Facts, disk_size: Size, boot: &BootPath) -> Vec<Layer> {
-    let part = |name: &str, value: String| (name.to_owned(), value);
-    let parts = Parts::from([
-        part("layers", LAYERS.to_owned()),
-        part(BASE, facts.base_sha256.clone()),
-        part("disk", disk_size.bytes().to_string()),
-        part("arch", recipe.base.arch.as_str().to_owned()),
-        part("boot", boot.as_str().to_owned()),
-        part("network", recipe.machine.network.as_str().to_owned()),
-    ]);
-    let mut layers =
-        vec![Layer { name: "the booted base".to_owned(), key: digest(&parts), parts, cached: true, max_age: None }];
+    let mut parts = Parts::default();
+    parts.add(Part::Layers, LAYERS);
+    parts.add(Part::Guest, facts.guest_code);
+    parts.add(Part::Base, &facts.base_sha256);
+    parts.add(Part::Disk, disk_size.bytes().to_string());
+    parts.add(Part::Arch, recipe.base.arch.as_str());
+    parts.add(Part::Boot, boot.as_str());
+    parts.add(Part::Network, recipe.machine.network.as_str());
+    parts.add(Part::Cpus, recipe.machine.cpus.to_string());
+    parts.add(Part::Memory, recipe.machine.memory.bytes().to_string());
+    parts.add(Part::Processor, recipe.machine.cpu.as_str());
+    parts.add(Part::Accelerator, facts.acceleration.to_string());
+    let name = "the booted base".to_owned();
+    let mut layers = vec![Layer { name, key: digest(&parts), parts, cached: true, max_age: None }];
     for (step, inputs) in recipe.steps.iter().zip(&facts.inputs) {
         let (parent, cached) = layers.last().map(|layer| (layer.key.clone(), layer.cached)).unwrap_or_default();
         let mut parts = inputs.clone();
-        parts.extend([part(PARENT, parent), part("reboot", step.reboot.to_string())]);
+        parts.add(Part::Parent, parent);
+        parts.add(Part::Reboot, step.reboot.to_string());
         // What follows a step that always runs depends on what it did this time.
-        layers.push(Layer {
-            name: step.name.clone(),
-            key: digest(&parts),
-            parts,
-            cached: cached && step.cache,
-            max_age: None,
-        });
+        let (name, cached) = (step.name.clone(), cached && step.cache);
+        layers.push(Layer { name, key: digest(&parts), parts, cached, max_age: step.max_age });
     }
     layers
 }
@@ -250,10 +390,30 @@ mod tests {
         crate::recipe::parse(Path::new("web.toml"), &text, &[]).unwrap()
     }
 
+    fn parts(values: &[(Part<'_>, &str)]) -> Parts {
+        let mut parts = Parts::default();
+        for (part, value) in values {
+            parts.add(*part, *value);
+        }
+        parts
+    }
+
+    fn acceleration(name: &str, vendor: Option<&str>) -> Acceleration {
+        Acceleration { name: name.to_owned(), vendor: vendor.map(str::to_owned) }
+    }
+
     fn facts() -> Facts {
-        let inputs = vec![Parts::from([("script".to_owned(), "ab".to_owned())]); 3];
+        let inputs = vec![parts(&[(Part::Script, "ab")]); 3];
         let base_sha256 = "cd".repeat(32);
-        Facts { base_size: 5 * GIB / 2, direct: Ok(()), base_arch: Some(Arch::X86_64), base_sha256, inputs }
+        Facts {
+            base_size: 5 * GIB / 2,
+            direct: Ok(()),
+            base_arch: Some(Arch::X86_64),
+            base_sha256,
+            guest_code: "",
+            acceleration: acceleration("tcg", None),
+            inputs,
+        }
     }
 
     #[test]
@@ -292,19 +452,44 @@ mod tests {
         };
         let first = keys(&recipe(STEPS), &facts());
         assert_eq!(first.len(), 4);
-        let same = format!("description = \"new words\"\n[machine]\ncpus = 4\nmemory = \"2GiB\"\n# words\n{STEPS}");
-        assert_eq!(keys(&recipe(&same.replace("description = \"new words\"\n", "")), &facts()), first);
+        let same = format!("# a comment\n[machine]\ntimeout = \"5m\"\nmemory = \"1GiB\"\ncpus = 2\n{STEPS}");
+        assert_eq!(keys(&recipe(&same), &facts()), first, "defaults, and what only limits the build");
         let mut changed = facts();
-        changed.inputs[1].insert("env A".to_owned(), "1".to_owned());
+        changed.inputs[1].add(Part::Env("A"), "1");
         let second = keys(&recipe(STEPS), &changed);
         assert_eq!(second[..2], first[..2]);
         assert!(second[2] != first[2] && second[3] != first[3]);
-        for more in ["[disk]\nsize = \"4GiB\"\n", "[machine]\nboot = \"firmware\"\n"] {
-            assert_ne!(keys(&recipe(&format!("{more}{STEPS}")), &facts())[0], first[0], "{more}");
+    }
+
+    #[test]
+    fn what_the_booted_base_depends_on_is_in_every_key() {
+        const STEP: &str = "[[provision]]\ninline = \"a\"\n";
+        let keys = |recipe: &Recipe, facts: &Facts| -> Vec<String> {
+            Plan::new(recipe, facts).unwrap().layers.into_iter().map(|layer| layer.key).collect()
+        };
+        let first = keys(&recipe(STEP), &facts());
+        let differs = |other: Vec<String>, what: &str| {
+            assert!(other.iter().zip(&first).all(|(other, first)| other != first), "{what}");
+        };
+        differs(keys(&recipe(STEP), &Facts { guest_code: "other", ..facts() }), "kiln's guest code");
+        differs(keys(&recipe(STEP), &Facts { base_sha256: "ef".repeat(32), ..facts() }), "the base");
+        let mut seen = std::collections::BTreeSet::new();
+        for vendor in ["GenuineIntel", "AuthenticAMD"] {
+            let acceleration = acceleration("kvm", Some(vendor));
+            let other = keys(&recipe(STEP), &Facts { acceleration, ..facts() });
+            differs(other.clone(), "the accelerator");
+            assert!(seen.insert(other), "the vendor");
         }
-        let closed = keys(&recipe(&format!("[machine]\nnetwork = \"none\"\n{STEPS}")), &facts());
-        assert_ne!(closed[0], first[0], "the booted base has its network");
-        assert_ne!(closed[1], first[1]);
+        for more in [
+            "[disk]\nsize = \"4GiB\"",
+            "[machine]\nboot = \"firmware\"",
+            "[machine]\nnetwork = \"none\"",
+            "[machine]\ncpus = 4",
+            "[machine]\nmemory = \"2GiB\"",
+            "[machine]\ncpu = \"x86-64-v2\"",
+        ] {
+            differs(keys(&recipe(&format!("{more}\n{STEP}")), &facts()), more);
+        }
     }
 
     #[test]
@@ -316,16 +501,62 @@ mod tests {
     }
 
     #[test]
-    fn differences_are_told_with_before_and_after() {
-        let parts = |pairs: &[(&str, &str)]| -> Parts {
-            pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    fn how_long_a_layer_may_be_taken_is_in_no_key() {
+        let plan = |more: &str| {
+            let steps = format!("[[provision]]\ninline = \"a\"\n{more}[[provision]]\nuses = \"updates\"\n");
+            Plan::new(&recipe(&steps), &facts()).unwrap()
         };
+        let (without, with) = (plan(""), plan("max_age = \"12h\"\n"));
+        let ages = |plan: &Plan| plan.layers.iter().map(|layer| layer.max_age).collect::<Vec<_>>();
+        let day = Some(Duration::from_hours(24));
+        assert_eq!(ages(&without), [None, None, day]);
+        assert_eq!(ages(&with), [None, Some(Duration::from_hours(12)), day]);
+        let keys = |plan: &Plan| plan.layers.iter().map(|layer| layer.key.clone()).collect::<Vec<_>>();
+        assert_eq!(keys(&without), keys(&with));
+    }
+
+    #[test]
+    fn differences_are_told_with_before_and_after() {
         let (a, b) = ("a".repeat(64), "b".repeat(64));
-        let before = parts(&[("script", &a), ("env A", "1"), ("to", "/srv/")]);
-        let now = parts(&[("script", &b), ("to", "/srv/"), ("file x", &format!("644 {a}"))]);
+        let before = parts(&[(Part::Script, &a), (Part::Env("A"), "1"), (Part::To, "/srv/")]);
+        let now = parts(&[(Part::Script, &b), (Part::To, "/srv/"), (Part::File(b"x"), &format!("644 {a}"))]);
         let expected =
             ["env A is gone, it was `1`", "file x is new: `644 aaaaaaaa`", "script: `aaaaaaaa` became `bbbbbbbb`"];
         assert_eq!(differences(&before, &now), expected);
         assert_eq!(differences(&now, &now), [""; 0]);
+    }
+
+    #[test]
+    fn every_part_has_a_name_of_its_own_and_a_reason() {
+        let names: std::collections::BTreeSet<_> = Part::ALL.iter().map(|part| part.name()).collect();
+        assert_eq!(names.len(), Part::ALL.len());
+        for part in Part::ALL {
+            let why = part.why();
+            assert!(why.ends_with('.') && !why.contains(['|', '\n']) && why.len() <= 80, "{part:?}: {why}");
+        }
+    }
+
+    #[test]
+    fn a_plan_has_the_parts_of_each_kind_of_key() {
+        let recipe = recipe("[[provision]]\ninline = \"a\"\n");
+        let every_step_part = Part::ALL.iter().filter(|part| part.key() == KeyKind::Step);
+        let inputs = every_step_part.fold(Parts::default(), |mut parts, part| {
+            parts.add(*part, "x");
+            parts
+        });
+        let plan = Plan::new(&recipe, &Facts { inputs: vec![inputs], ..facts() }).unwrap();
+        for (layer, kind) in plan.layers.iter().zip([KeyKind::Base, KeyKind::Step]) {
+            let documented = Part::ALL.iter().filter(|part| part.key() == kind).map(|part| part.name().into_owned());
+            let mut documented: Vec<_> = documented.collect();
+            documented.sort();
+            assert_eq!(layer.parts.keys().cloned().collect::<Vec<_>>(), documented);
+        }
+    }
+
+    #[test]
+    fn a_files_name_may_be_any_bytes() {
+        assert_eq!(Part::File(b"a b").name(), "file a b");
+        assert_ne!(Part::File(b"\xff").name(), Part::File("\u{fffd}".as_bytes()).name());
+        assert_ne!(Part::File(b"\xff").name(), Part::File(b"\\xff").name());
     }
 }

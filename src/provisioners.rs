@@ -3,8 +3,12 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::LazyLock;
+use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::units::parse_duration;
 
 /// A script with declared inputs, shipped inside the program.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,6 +19,8 @@ pub struct Provisioner {
     pub description: String,
     /// What it takes, by name.
     pub inputs: BTreeMap<String, Input>,
+    /// How long what it left may be taken from the cache, unless the recipe says otherwise; none: for ever.
+    pub max_age: Option<Duration>,
     /// What runs in the guest, with [`LIBRARY`] beside it as `lib.sh`.
     pub script: &'static str,
 }
@@ -158,11 +164,19 @@ struct Header {
     description: String,
     #[serde(default)]
     inputs: BTreeMap<String, Input>,
+    #[serde(default, deserialize_with = "duration")]
+    max_age: Option<Duration>,
+}
+
+fn duration<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Duration>, D::Error> {
+    let text = String::deserialize(from)?;
+    let age = parse_duration(&text).map_err(D::Error::custom)?;
+    if age.is_zero() { Err(D::Error::custom("`max_age` must be longer than 0")) } else { Ok(Some(age)) }
 }
 
 fn read(name: &'static str, header: &str, script: &'static str) -> Result<Provisioner, toml::de::Error> {
-    let Header { description, inputs } = toml::from_str(header)?;
-    Ok(Provisioner { name, description, inputs, script })
+    let Header { description, inputs, max_age } = toml::from_str(header)?;
+    Ok(Provisioner { name, description, inputs, max_age, script })
 }
 
 /// By name.
@@ -256,6 +270,19 @@ mod tests {
         assert_eq!(Value::List(vec!["a b".to_owned(), "c".to_owned()]).to_string(), "a b\nc");
         assert_eq!(Value::Boolean(true).to_string(), "true");
         assert_eq!(Value::Integer(-1).to_string(), "-1");
+    }
+
+    #[test]
+    fn a_header_may_say_how_long_its_result_is_taken() {
+        let read = |more: &str| read("x", &format!("description = 'x'\n{more}"), "");
+        assert_eq!(read("").unwrap().max_age, None);
+        assert_eq!(read("max_age = '36h'").unwrap().max_age, Some(Duration::from_hours(36)));
+        let error = read("max_age = 'soon'").unwrap_err().to_string();
+        assert!(error.contains("`soon` has no number"), "{error}");
+        let error = read("max_age = '0s'").unwrap_err().to_string();
+        assert!(error.contains("`max_age` must be longer than 0"), "{error}");
+        let day = Some(Duration::from_hours(24));
+        assert_eq!(find("updates").unwrap().max_age, day, "what is available changes every day");
     }
 
     #[test]

@@ -219,6 +219,7 @@ fn inputs_are_listed_with_all_that_is_declared() {
         let name = provisioner["name"].as_str().unwrap();
         let text = std::fs::read_to_string(folder.join(name).join("provisioner.toml")).unwrap();
         let declared: toml::Table = text.parse().unwrap();
+        let max_age = declared.get("max_age").map(|age| kiln::units::parse_duration(age.as_str().unwrap()).unwrap());
         let mut inputs = serde_json::Map::new();
         for (key, input) in declared["inputs"].as_table().unwrap() {
             inputs.insert(
@@ -233,7 +234,10 @@ fn inputs_are_listed_with_all_that_is_declared() {
         }
         assert_eq!(
             provisioner,
-            &json!({ "name": name, "description": declared["description"].as_str(), "inputs": inputs })
+            &json!({
+                "name": name, "description": declared["description"].as_str(), "inputs": inputs,
+                "max_age": max_age.map(|age| age.as_secs()),
+            })
         );
     }
     let port = &list.as_array().unwrap().iter().find(|one| one["name"] == "nginx").unwrap()["inputs"]["port"];
@@ -256,7 +260,7 @@ fn the_doctor_says_what_is_there_and_what_is_not() {
 #[test]
 fn a_plan_says_what_would_run_and_runs_nothing() {
     let bench = bench();
-    let plan = bench.kiln(["-q", "plan", "web.toml"]).run().succeeded();
+    let plan = bench.kiln(["-q", "plan", "web.toml", "--accel", "tcg"]).run().succeeded();
     let rest = plan.split_once('\n').unwrap().1;
     assert_eq!(
         rest,
@@ -321,4 +325,48 @@ fn settings_from_outside_are_used_and_noted() {
     let manifest: Value = serde_json::from_str(&bench.read("out/other/manifest.json")).unwrap();
     assert_eq!(manifest["size"], 2_u64 << 30);
     assert_eq!(manifest["inputs"]["set"], json!(["name=other", "disk.size=2GiB"]));
+}
+
+#[test]
+fn help_explains_commands_and_topics() {
+    let bench = Bench::empty();
+    let help = |words: &[&str]| bench.kiln([&["help"], words].concat()).run().succeeded();
+    for words in [&[][..], &["build"], &["publish"], &["cache", "export"], &["help"]] {
+        assert_eq!(help(words), bench.kiln([words, &["--help"]].concat()).run().succeeded(), "{words:?}");
+    }
+    let all = help(&[]);
+    for line in ["  build ", "  cache ", "Topics of the manual, for `kiln help TOPIC`:"] {
+        assert!(all.contains(line), "{all}");
+    }
+    let cache = help(&["cache"]);
+    assert!(cache.starts_with("# The cache\n") && cache.contains("\n| SOURCE_DATE_EPOCH "), "{cache}");
+    assert!(cache.ends_with("\nThe commands: kiln cache --help\n"), "{cache}");
+    let json = bench.kiln(["--format", "json", "help", "cache"]).run().json();
+    assert_eq!(json["help"], cache);
+}
+
+#[test]
+fn help_for_an_unknown_word_suggests_one() {
+    let bench = Bench::empty();
+    let refused = |words: &[&str]| bench.kiln([&["help"], words].concat()).run().failed(2);
+    insta::assert_snapshot!(refused(&["biuld"]), @r#"
+    error: no command or topic is called `biuld`
+     |
+    help: did you mean `build`?
+    "#);
+    insta::assert_snapshot!(refused(&["cahce"]), @r#"
+    error: no command or topic is called `cahce`
+     |
+    help: did you mean `cache`?
+    "#);
+    insta::assert_snapshot!(refused(&["cache", "exprot"]), @r#"
+    error: `kiln cache` has no command `exprot`
+     |
+    help: did you mean `export`?
+    "#);
+    insta::assert_snapshot!(refused(&["bootstrapping"]), @r#"
+    error: no command or topic is called `bootstrapping`
+     |
+    help: `kiln help` lists commands and topics
+    "#);
 }

@@ -206,7 +206,8 @@ fn another_machine_boots_the_layers_disk() {
     let bench = bench();
     built(&bench, bench.build(&json!({ "step two": [["print", "two says hello\n"]] })));
     recipe(&bench, ["a", "b", "changed"]);
-    let other = |bench: &Bench| build(bench).arg("--set").arg("machine.cpus=4");
+    // Another QEMU: the layers' keys stay, the memory's changes.
+    let other = |bench: &Bench| bench.build(&json!({ "says-version": "8.2.0 (other)" }));
     assert_eq!(built(&bench, other(&bench)), ["boot", "step three"]);
     recipe(&bench, ["a", "b", "changed again"]);
     assert_eq!(built(&bench, other(&bench)), ["wake", "step three"], "where it booted its memory was kept");
@@ -394,6 +395,66 @@ fn a_cache_file_that_is_none_or_damaged() {
     assert!(import(b"hello").starts_with("error: `bad.kiln` can't be taken into the cache: "));
     let said = bench.kiln(["cache", "import", "missing.kiln"]).run().failed(3);
     assert!(said.starts_with("error: cannot read `missing.kiln`: "), "{said}");
-    let said = bench.kiln(["cache", "export", "web.toml", "-o", "no/such/folder"]).run().failed(4);
+    let said = bench.kiln(["cache", "export", "web.toml", "--accel", "tcg", "-o", "no/such/folder"]).run().failed(4);
     assert!(said.starts_with("error: cannot write `no/such/folder`: "), "{said}");
+}
+
+/// Programs in the guest see these, and may leave another disk.
+#[test]
+fn another_machine_in_the_recipe_takes_no_layer() {
+    let bench = bench();
+    let all = ["boot", "step one", "step two", "step three"];
+    assert_eq!(built(&bench, build(&bench)), all);
+    for set in ["machine.cpus=4", "machine.memory=2GiB", "machine.cpu=x86-64-v2"] {
+        assert_eq!(built(&bench, build(&bench).arg("--set").arg(set)), all, "{set}");
+    }
+    assert_eq!(built(&bench, build(&bench)), ["wake"]);
+}
+
+/// The layers of a build with a time are another's than those without it.
+#[test]
+fn a_plan_and_an_export_know_the_time_that_the_build_was_given() {
+    let bench = bench();
+    let timed = |kiln: Kiln| kiln.env("SOURCE_DATE_EPOCH", "1700000000");
+    built(&bench, timed(build(&bench)));
+    let plan = |kiln: Kiln| kiln.run().succeeded().lines().filter(|line| line.ends_with(": kept")).count();
+    assert_eq!(plan(timed(bench.kiln(["plan", "web.toml", "--accel", "tcg"]))), 4);
+    assert_eq!(plan(bench.kiln(["plan", "web.toml", "--accel", "tcg"])), 1, "only the booted base has no time");
+    let export = || bench.kiln(["cache", "export", "web.toml", "-o", "kept.kiln", "--accel", "tcg"]);
+    let said = timed(export()).run().succeeded();
+    assert!(said.starts_with("kept.kiln: 1 bases, 4 layers, "), "{said}");
+    let said = export().run().succeeded();
+    assert!(said.starts_with("kept.kiln: 1 bases, 1 layers, "), "{said}");
+    for command in [&["plan", "web.toml"][..], &["cache", "export", "web.toml", "-o", "kept.kiln"]] {
+        let said = bench.kiln(command).env("SOURCE_DATE_EPOCH", "soon").run().failed(2);
+        assert!(said.starts_with("error: SOURCE_DATE_EPOCH is `soon`, "), "{said}");
+    }
+}
+
+#[test]
+fn a_plan_and_an_export_are_made_for_an_accelerator() {
+    let bench = bench();
+    built(&bench, build(&bench));
+    for command in [&["plan", "web.toml"][..], &["cache", "export", "web.toml", "-o", "kept.kiln"]] {
+        let said = bench.kiln(command).args(["--accel", "kvm"]).run().failed(4);
+        assert!(said.starts_with("error: --accel kvm: "), "{said}");
+        bench.kiln(command).args(["--accel", "auto"]).run().succeeded();
+    }
+}
+
+/// A probe would start QEMU to find out what the manifest says already.
+#[test]
+fn nothing_to_do_needs_no_accelerator() {
+    let bench = bench();
+    built(&bench, build(&bench));
+    forget(&bench);
+    let any = || bench.kiln(["-q", "build", "web.toml"]);
+    assert_eq!(any().run().succeeded(), "out/web\n");
+    assert_eq!(bench.qemus(), [0; 0], "not even probed");
+    // Another accelerator that is asked for is another disk.
+    let said = any().args(["--accel", "kvm"]).run().failed(4);
+    assert!(said.starts_with("error: --accel kvm: "), "{said}");
+    let change = |manifest: &mut Value| manifest["guest"]["vendor"] = json!("GenuineIntel");
+    bench.manifest(change);
+    assert_eq!(built(&bench, any()), ["wake"], "the output of another accelerator is made anew");
 }

@@ -8,6 +8,7 @@ use crate::disk::{self, Image, Table, Work};
 use crate::error::{Error, Exit};
 use crate::plan::Plan;
 use crate::store::Scratch;
+use crate::vm::spec::{Accelerator, Processor};
 use crate::{exec, vm};
 
 /// A disk that can't be read or written, with its exit code and remedy.
@@ -43,6 +44,12 @@ pub(crate) fn guest_failure(error: vm::Error) -> Error {
     }
     match &error {
         vm::Error::HostDiskFull => failure.help("free some space, or choose another place with --cache-dir"),
+        vm::Error::Processor { processor, accelerator, .. } => failure.help(match (processor, accelerator) {
+            (Processor::V3, Accelerator::Tcg) => "set [machine] cpu = \"x86-64-v2\", or install a newer QEMU",
+            (Processor::V3, Accelerator::Kvm) => "set [machine] cpu = \"x86-64-v2\", or use --accel tcg",
+            (Processor::V2, Accelerator::Tcg) => "install a newer QEMU",
+            (Processor::V2, Accelerator::Kvm) => "use --accel tcg",
+        }),
         vm::Error::Died { how, .. } if how.contains("signal 9") => {
             failure.help("was it the host's out-of-memory killer? see dmesg; a smaller [machine] memory may help")
         }

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use super::now;
-use crate::plan::{self, PARENT, Plan};
+use crate::plan::{self, Part, Plan};
 use crate::store::{Layer, Making, Shelf, Store};
 
 /// A clock may be wrong by this much, in seconds, before what was made in its future counts as old.
@@ -69,6 +69,28 @@ impl Found {
         self.levels.iter().rposition(|level| !level.layers.is_empty())
     }
 
+    /// The level where a build begins soonest, and which of its layers it begins with: in the memory of the deepest that
+    /// `machine` can take, unless the steps since then took longer than booting the disk of a deeper one.
+    pub(super) fn start(&self, machine: &str) -> Option<(usize, usize)> {
+        let deepest = |fits: &dyn Fn(&Layer) -> bool| {
+            let chosen = |index| Some((index, self.layers(index).position(fits)?));
+            (0..self.levels.len()).rev().find_map(chosen)
+        };
+        let resumed = deepest(&|layer| layer.memory(machine).is_some());
+        let booted = deepest(&|layer| layer.record().volatile.is_empty());
+        let boot = self.seconds(0, 0).min(f64::MAX);
+        match (resumed, booted) {
+            (Some(resumed), Some(booted)) if self.seconds(resumed.0 + 1, booted.0) >= boot => Some(booted),
+            (resumed, booted) => resumed.or(booted),
+        }
+    }
+
+    /// How long the steps of these levels took, the last included; infinity if one of them is not known.
+    pub(super) fn seconds(&self, from: usize, last: usize) -> f64 {
+        let seconds = |index| self.layers(index).next().map_or(f64::INFINITY, |layer| layer.record().seconds);
+        (from..=last).map(seconds).sum()
+    }
+
     /// Takes one of a level's layers out.
     pub(super) fn take(&mut self, index: usize, chosen: usize) -> Layer {
         self.levels[index].layers.swap_remove(chosen)
@@ -127,32 +149,40 @@ pub enum Outlook {
     Made(Vec<String>),
 }
 
-/// For each layer of the plan, whether it is there; and if it isn't, how it differs from the one that was made last in
-/// its place.
+/// For each layer of the plan, whether a build on this machine takes it, or goes on from a later one; and if not, why: how
+/// it differs from the one that was made last in its place, for example.
 #[must_use]
-pub fn outlook(plan: &Plan, store: &Store) -> Vec<Outlook> {
+pub fn outlook(plan: &Plan, store: &Store, machine: &str) -> Vec<Outlook> {
     let mut changed = false;
-    let mut outlooks = Vec::new();
     let found = found(store, plan, plan.layers.len());
-    for (layer, level) in plan.layers.iter().zip(found.levels) {
-        let made = |why: String| Outlook::Made(vec![why]);
-        let outlook = match level {
-            _ if !layer.cached => made("it always runs, or follows a step that does".to_owned()),
-            Level { layers, .. } if !layers.is_empty() => Outlook::Kept,
-            Level { damage: Some(why), .. } | Level { why_not: Some(why), .. } => made(why),
-            _ if changed => made("it follows a step that is made anew".to_owned()),
+    let done = found.start(machine).map_or(0, |(index, _)| index + 1);
+    let look = |(index, (layer, level)): (usize, (&plan::Layer, &Level))| {
+        let made = |why: &str| Outlook::Made(vec![why.to_owned()]);
+        let (outlook, anew) = match (level, level.layers.first()) {
+            _ if index < done => (Outlook::Kept, false),
+            _ if !layer.cached => (made("it always runs, or follows a step that does"), true),
+            (_, Some(kept)) if kept.record().volatile.is_empty() => {
+                (made("only its disk was kept, and to boot that would take longer"), false)
+            }
+            (_, Some(kept)) => {
+                let what = &kept.record().volatile;
+                (made(&format!("what it left outside the disk is in no memory that fits this machine: {what}")), false)
+            }
+            (Level { damage: Some(why), .. } | Level { why_not: Some(why), .. }, None) => (made(why), true),
+            _ if changed => (made("it follows a step that is made anew"), true),
             _ => {
-                let parent = layer.parts.get(PARENT).map(String::as_str);
-                Outlook::Made(match store.children(parent, plan.base()).into_iter().next() {
+                let parent = layer.parts.value(Part::Parent);
+                let why = match store.children(parent, plan.base()).into_iter().next() {
                     Some(last) => plan::differences(&last.parts, &layer.parts),
                     None => vec!["nothing was kept in its place".to_owned()],
-                })
+                };
+                (Outlook::Made(why), true)
             }
         };
-        changed |= outlook != Outlook::Kept;
-        outlooks.push(outlook);
-    }
-    outlooks
+        changed |= anew;
+        outlook
+    };
+    plan.layers.iter().zip(&found.levels).enumerate().map(look).collect()
 }
 
 /// The layers of the plan that are there: what a build of it may take.

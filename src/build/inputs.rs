@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 use super::uefi_data;
 use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
-use crate::plan::Parts;
+use crate::plan::{Part, Parts};
 use crate::provisioners;
 use crate::recipe::{Action, Recipe, Step};
 use crate::units::hex;
@@ -111,10 +111,10 @@ fn files(recipe: &Recipe, step: &Step, cancel: &Cancel) -> Result<Vec<Entry>, Lo
         let path = recipe.dir().join(folder).join(file);
         add_tree(&mut entries, file, &path, std::fs::symlink_metadata(&path), cancel)?;
     }
-    if let Action::Copy { from, contents, .. } = &step.action {
+    if let Action::Copy { from, contents, follow, .. } = &step.action {
         let path = recipe.dir().join(from);
         // What is in a folder is named by way of the folder, also by a link to it.
-        let metadata = if *contents { std::fs::metadata(&path) } else { std::fs::symlink_metadata(&path) };
+        let metadata = if *contents || *follow { std::fs::metadata(&path) } else { std::fs::symlink_metadata(&path) };
         add_tree(&mut entries, Path::new(""), &path, metadata, cancel)?;
     }
     Ok(entries)
@@ -198,45 +198,43 @@ const SECRET: [&str; 6] = ["TOKEN", "SECRET", "PASS", "KEY", "CREDENTIAL", "AUTH
 /// in with their names, kinds, modes and bytes. The files' times and places on the host are left out: neither gets into
 /// the guest.
 fn parts(step: &Step, script: Option<&Script>, files: &[Entry], epoch: Option<u64>) -> Parts {
-    let mut parts = Parts::new();
-    let mut add = |name: &str, value: String| drop(parts.insert(name.to_owned(), value));
+    let mut parts = Parts::default();
     match &step.action {
-        Action::Copy { to, contents, owner, mode, from } => {
-            add("action", if *contents { "copy what is in it" } else { "copy" }.to_owned());
+        Action::Copy { to, contents, owner, mode, follow, from } => {
+            parts.add(Part::Action, if *contents { "copy what is in it" } else { "copy" });
             if !contents {
-                add("from", from.file_name().unwrap_or_default().to_string_lossy().into_owned());
+                parts.add(Part::From, from.file_name().unwrap_or_default().to_string_lossy().into_owned());
             }
-            add("to", to.clone());
-            add("owner", owner.clone().unwrap_or_else(|| "root".to_owned()));
-            add("mode", mode.map_or_else(|| "as it is".to_owned(), |mode| format!("{mode:04o}")));
+            parts.add(Part::To, to.clone());
+            parts.add(Part::Owner, owner.clone().unwrap_or_else(|| "root".to_owned()));
+            parts.add(Part::Mode, mode.map_or_else(|| "as it is".to_owned(), |mode| format!("{mode:04o}")));
+            parts.add(Part::Follow, follow.to_string());
             // It is the time of what is copied.
             if let Some(epoch) = epoch {
-                add("SOURCE_DATE_EPOCH", epoch.to_string());
+                parts.add(Part::SourceDateEpoch, epoch.to_string());
             }
         }
         Action::Uses { provisioner, .. } => {
-            add("action", format!("uses {}", provisioner.name));
-            add("library", hex(&Sha256::digest(provisioners::LIBRARY)));
+            parts.add(Part::Action, format!("uses {}", provisioner.name));
+            parts.add(Part::Library, hex(&Sha256::digest(provisioners::LIBRARY)));
         }
-        Action::File { .. } | Action::Inline { .. } => add("action", "script".to_owned()),
+        Action::File { .. } | Action::Inline { .. } => parts.add(Part::Action, "script"),
     }
     if let Some(Script { text, env }) = script {
-        add("script", hex(&Sha256::digest(text)));
+        parts.add(Part::Script, hex(&Sha256::digest(text)));
         for (name, value) in env {
             let secret = SECRET.iter().any(|word| name.to_ascii_uppercase().contains(word));
             let shown = if secret { format!("sha256 {}", hex(&Sha256::digest(value))) } else { value.clone() };
-            add(&format!("env {name}"), shown);
+            parts.add(if name == "SOURCE_DATE_EPOCH" { Part::SourceDateEpoch } else { Part::Env(name) }, shown);
         }
     }
     for Entry { name, mode, kind, .. } in files {
-        // Names need not be UTF-8: escaped, no two are alike.
-        let escaped = |path: &Path| path.as_os_str().as_bytes().escape_ascii().to_string();
         let value = match kind {
             Kind::Folder => format!("folder {mode:o}"),
-            Kind::Link(target) => format!("link to {}", escaped(target)),
+            Kind::Link(target) => format!("link to {}", target.as_os_str().as_bytes().escape_ascii()),
             Kind::File { sha256, .. } => format!("{mode:o} {sha256}"),
         };
-        add(&format!("file {}", escaped(name)), value);
+        parts.add(Part::File(name.as_os_str().as_bytes()), value);
     }
     parts
 }

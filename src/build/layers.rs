@@ -11,15 +11,18 @@ use std::time::Duration;
 use sha2::{Digest as _, Sha256};
 
 use super::found::{Found, found};
-use super::session::{Session, library};
+use super::session::{Session, library, shape};
 use super::turns::Turn;
 use super::{disk_failure, guest_failure, now};
 use crate::disk::{Backing, Overlay};
 use crate::error::{Error, Exit};
-use crate::plan::{self, PARENT, Plan};
+use crate::plan::{self, Part, Plan};
+use crate::recipe::Recipe;
 use crate::store::{CLAIM_LOOK, Claim, Layer, Making, Pending, Placed, Record, Store};
 use crate::units::{hex, show_duration};
 use crate::vm::guest::{AGENT, Guest};
+use crate::vm::host::Host;
+use crate::vm::spec::Accelerator;
 
 /// A memory state is kept where the steps since the last one took at least this long: that is about what it costs.
 const WORTH: Duration = Duration::from_millis(1000);
@@ -228,7 +231,7 @@ impl<'a> Layers<'a> {
             session.events.warn(why);
         }
         loop {
-            let Some((index, chosen)) = self.choose() else {
+            let Some((index, chosen)) = self.found.start(&self.machine) else {
                 (self.held, self.lineage, self.kernel_set) = (Vec::new(), Vec::new(), false);
                 return Start::Base;
             };
@@ -250,41 +253,11 @@ impl<'a> Layers<'a> {
         }
     }
 
-    /// The level where a build begins soonest, and which of its layers it begins with.
-    fn choose(&self) -> Option<(usize, usize)> {
-        let position = |fits: &dyn Fn(&Layer) -> bool| {
-            (0..self.plan.layers.len()).rev().find_map(|index| {
-                let chosen = self.found.layers(index).position(fits)?;
-                Some((index, chosen))
-            })
-        };
-        let resumed = position(&|layer| layer.memory(&self.machine).is_some());
-        let booted = position(&|layer| layer.record().volatile.is_empty());
-        match (resumed, booted) {
-            (Some(resumed), Some(booted)) if self.seconds(resumed.0 + 1, booted.0) < self.boot_seconds() => {
-                Some(resumed)
-            }
-            (Some(resumed), None) => Some(resumed),
-            (_, booted) => booted,
-        }
-    }
-
-    /// How long the steps of these levels took, the last included.
-    fn seconds(&self, from: usize, last: usize) -> f64 {
-        let seconds =
-            |index| self.found.layers(index).next().map_or(f64::INFINITY, |layer: &Layer| layer.record().seconds);
-        (from..=last).map(seconds).sum()
-    }
-
-    fn boot_seconds(&self) -> f64 {
-        self.seconds(0, 0).min(f64::MAX)
-    }
-
     /// Says why the build goes back to an earlier layer than the last that is there, where that takes long.
     fn tell(&self, start: &Start, session: &Session<'_>) {
         let Some(deepest) = self.found.deepest() else { return };
         let Some(layer) = self.found.layers(deepest).next() else { return };
-        if start.done() > deepest || self.seconds(start.done(), deepest) < WORTH.as_secs_f64() {
+        if start.done() > deepest || self.found.seconds(start.done(), deepest) < WORTH.as_secs_f64() {
             return;
         }
         let (name, volatile) = (&self.plan.layers[deepest].name, &layer.record().volatile);
@@ -469,7 +442,7 @@ impl<'a> Layers<'a> {
             match merged {
                 Ok(()) => return Ok(true),
                 Err(error) => {
-                    session.events.detail(format!("overlays are not merged: {}", disk_failure(error).message))
+                    session.events.detail(format!("overlays are not merged: {}", disk_failure(error).message));
                 }
             }
         }
@@ -486,7 +459,7 @@ impl<'a> Layers<'a> {
         Record {
             format: 0,
             key: layer.key.clone(),
-            parent: layer.parts.get(PARENT).cloned(),
+            parent: layer.parts.value(Part::Parent).map(str::to_owned),
             serial,
             lineage: self.lineage.clone(),
             volatile: String::new(),
@@ -494,7 +467,7 @@ impl<'a> Layers<'a> {
             base: self.base.to_owned(),
             name: layer.name.clone(),
             recipe: self.recipe.to_owned(),
-            parts: layer.parts.clone(),
+            parts: (*layer.parts).clone(),
             seconds: took.as_secs_f64(),
             network_up,
         }
@@ -510,20 +483,21 @@ fn relative(id: &str) -> PathBuf {
     Path::new("../../layers").join(id).join(crate::store::LAYER_DISK)
 }
 
-/// What memory states of a machine are kept under: everything that must be alike for QEMU to take one.
-pub(super) fn machine_key(session: &Session<'_>, shape: &str) -> String {
-    let host = session.host;
-    let processor = match session.accelerator {
-        crate::vm::spec::Accelerator::Kvm => std::fs::read_to_string("/proc/cpuinfo")
+/// What memory states of a machine are kept under: everything that must be alike for QEMU to take one. `root` is the
+/// kernel's `root=` on the base.
+pub(super) fn machine_key(recipe: &Recipe, plan: &Plan, root: &str, accelerator: Accelerator, host: &Host) -> String {
+    let processor = match accelerator {
+        Accelerator::Kvm => std::fs::read_to_string("/proc/cpuinfo")
             .unwrap_or_default()
             .lines()
             .filter(|line| ["model name", "flags", "microcode"].iter().any(|start| line.starts_with(start)))
             .take(3)
             .collect(),
-        crate::vm::spec::Accelerator::Tcg => String::new(),
+        Accelerator::Tcg => String::new(),
     };
+    let shape = shape(recipe, plan, root, accelerator);
     // What the agent has read is in the memory.
     let agent = [AGENT, &library()].concat();
-    let text = [host.qemu_version.as_str(), &host.qemu.display().to_string(), &processor, shape, &agent].join("\0");
+    let text = [host.qemu_version.as_str(), &host.qemu.display().to_string(), &processor, &shape, &agent].join("\0");
     hex(&Sha256::digest(text))[..16].to_owned()
 }

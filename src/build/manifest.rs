@@ -7,8 +7,10 @@ use serde::{Deserialize, Serialize};
 
 use super::uefi_data;
 use crate::error::{Error, Exit};
+use crate::plan::Acceleration;
 use crate::recipe::{DiskFormat, Ebs, Encryption, Recipe, Tpm, Via, Volume};
 use crate::store::Making;
+use crate::vm::spec::Processor;
 
 /// The version of this format. A change that breaks readers raises it.
 pub const SCHEMA: u32 = 1;
@@ -89,8 +91,12 @@ pub struct Inputs {
 /// How the guest ran.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct GuestFacts {
-    /// `kvm` or `tcg`.
-    pub accelerator: String,
+    /// What ran its instructions: `accelerator`, and under KVM `vendor`.
+    #[serde(flatten)]
+    pub acceleration: Acceleration,
+    /// Its processor. Early manifests don't have it.
+    #[serde(default = "default_processor")]
+    pub processor: Processor,
     /// `direct` or `firmware`.
     pub boot: String,
     /// Processors.
@@ -231,6 +237,10 @@ impl UploadFacts {
     fn are_usual(&self) -> bool {
         *self == Self::default()
     }
+}
+
+fn default_processor() -> Processor {
+    Processor::V3
 }
 
 fn default_via() -> String {

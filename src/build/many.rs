@@ -11,7 +11,10 @@ use std::time::{Duration, Instant};
 
 use super::inputs::{self, Inputs};
 use super::turns::{Turn, Turns};
-use super::{Artifact, Request, build_recipe, find_host, fresh_from, import_base, make_plan, read_recipe, tidy, warn};
+use super::{
+    Artifact, Request, acceleration, build_recipe, find_host, fresh_from, import_base, make_plan, read_recipe, tidy,
+    warn,
+};
 use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
 use crate::event::Events;
@@ -144,7 +147,7 @@ pub fn prepare(requests: Vec<Request>, store: &Store, events: &Events, cancel: &
         .map_err(|error| vec![error])?;
     let plan = |(request, recipe, inputs): (Request, Recipe, Vec<Inputs>)| {
         let base = import_base(&recipe, &host, store, events, cancel)?;
-        let (plan, ..) = make_plan(&recipe, &base, &inputs)?;
+        let (plan, ..) = make_plan(&recipe, &base, &inputs, &acceleration(accelerator))?;
         fresh_from(&request.fresh, &plan)?;
         Ok(Job { request, recipe, inputs, keys: keys(&plan) })
     };

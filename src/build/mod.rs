@@ -2,9 +2,11 @@
 
 mod archive;
 mod export;
+mod facts;
 mod failure;
 mod finished;
 mod found;
+mod guest_code;
 mod inputs;
 mod layers;
 mod log;
@@ -28,11 +30,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use sha2::{Digest as _, Sha256};
 
 use crate::cancel::Cancel;
-use crate::disk::{self, BLOCK, Backing, Image, Table};
+use crate::disk::{BLOCK, Backing, Image};
 use crate::error::{Error, Exit};
 use crate::event::{Event, Events};
-use crate::plan::{BootPath, Facts, Plan};
-use crate::recipe::{self, Arch, Recipe};
+use crate::plan::{BootPath, Plan};
+use crate::recipe::{self, Recipe};
 use crate::store::{self, Imported, Store};
 use crate::units::{MIB, Size, hex};
 use crate::vm;
@@ -41,9 +43,12 @@ use crate::vm::guest::{Guest, Rest};
 use crate::vm::host::Host;
 use crate::vm::spec::Accelerator;
 use export::{Early, Export};
+use facts::{Growth, acceleration, make_plan, processor};
+pub use facts::{Planned, plan};
 pub(crate) use failure::{disk_failure, guest_failure};
 use finished::{artifact_key, finished};
 pub use found::{Outlook, kept, outlook};
+use guest_code::guest_code;
 use inputs::Inputs;
 pub use layers::Fresh;
 use layers::{Keep, Layers, Start};
@@ -133,7 +138,7 @@ fn build_recipe(
         None => find_host(request.accelerator, (&request.qemu, &request.qemu_img), store, events, cancel)?,
     };
     let base = import_base(recipe, &host, store, events, cancel)?;
-    let (plan, root, growth) = make_plan(recipe, &base, inputs)?;
+    let (plan, root, growth) = make_plan(recipe, &base, inputs, &acceleration(accelerator))?;
     if let BootPath::Firmware { reason } = &plan.boot {
         events.note(format!("booting by firmware: {reason}"));
     }
@@ -242,22 +247,6 @@ pub fn choose_accelerator(
     }
 }
 
-/// What a build of `recipe` would do; the base is imported for it.
-///
-/// # Errors
-/// What a build would fail with before it starts anything.
-pub fn plan(
-    recipe: &Recipe,
-    host: &Host,
-    store: &Store,
-    events: &Events,
-    cancel: &Cancel,
-) -> Result<(Plan, Imported), Error> {
-    let inputs = inputs::read(recipe, None, cancel)?;
-    let base = import_base(recipe, host, store, events, cancel)?;
-    Ok((make_plan(recipe, &base, &inputs)?.0, base))
-}
-
 fn import_base(
     recipe: &Recipe,
     host: &Host,
@@ -294,56 +283,6 @@ fn from_home(path: &Path) -> PathBuf {
         (Ok(rest), Some(home)) => Path::new(&home).join(rest),
         _ => path.to_owned(),
     }
-}
-
-/// What is to be done, the kernel's `root=`, and the sectors that make the partition table right for the new size.
-fn make_plan(recipe: &Recipe, base: &Imported, inputs: &[Inputs]) -> Result<(Plan, String, Growth), Error> {
-    let at_base = |error: disk::Error| disk_failure(error).at(recipe.place(&recipe.base.span));
-    let image = Image::raw(&base.disk).map_err(at_base)?;
-    let table = Table::read(&image).map_err(at_base)?;
-    let root = table.find_root(&image).map_err(at_base)?;
-    let files = match disk::boot_files(&table, &image).map_err(at_base)? {
-        Ok(files) => files.check().map_err(at_base)?.map(|()| files),
-        why => why,
-    };
-    let arch = match &files {
-        Ok(files) => Some(files.arch),
-        Err(_) => table.arch(&image).map_err(at_base)?,
-    };
-    let facts = Facts {
-        base_size: table.size,
-        base_arch: arch.map(|arch| match arch {
-            disk::Arch::X86_64 => Arch::X86_64,
-            disk::Arch::Aarch64 => Arch::Aarch64,
-        }),
-        base_sha256: base.sha256.clone(),
-        inputs: inputs.iter().map(|inputs| inputs.parts.clone()).collect(),
-        direct: files.as_ref().map(drop).map_err(Clone::clone),
-    };
-    let kernel_root = files.map_or_else(|_| String::new(), |files| files.root);
-    let plan = Plan::new(recipe, &facts)?;
-    let size = plan.disk_size.bytes();
-    let patches = match root {
-        // Also a base that is as large already may have room behind its root: one that qemu-img resized.
-        Some(root) if size == table.size => table.grow(size, root.number).unwrap_or_default(),
-        None if size == table.size => Vec::new(),
-        Some(root) => table.grow(size, root.number).map_err(|error| {
-            let error = disk_failure(error);
-            let span = recipe.disk.span.as_ref().unwrap_or(&recipe.base.span);
-            error.at(recipe.place(span))
-        })?,
-        None => {
-            return Err(Error::new(Exit::Input, "the base has no root partition that kiln could grow")
-                .at(recipe.place(&recipe.base.span)));
-        }
-    };
-    Ok((plan, kernel_root, Growth { grows: size != table.size || !patches.is_empty(), patches }))
-}
-
-/// How the base's partition table changes.
-struct Growth {
-    grows: bool,
-    patches: Vec<disk::Patch>,
 }
 
 fn check_room(base: &Imported, request: &Request, store: &Store) -> Result<(), Error> {
@@ -384,7 +323,8 @@ impl Job<'_> {
         mut beside: Option<Beside<'_>>,
     ) -> Result<Manifest, Error> {
         let events = session.events;
-        let machine = layers::machine_key(&session, &session.shape());
+        let machine =
+            layers::machine_key(session.recipe, session.plan, session.root, session.accelerator, session.host);
         let mut layers = Layers::new(self.store, &session, &self.base.sha256, machine);
         let turn = beside.as_mut().map(|beside| &mut beside.turn);
         let start = layers.start(fresh_from(&self.request.fresh, session.plan)?, &session, turn)?;
@@ -520,7 +460,8 @@ impl Job<'_> {
                 ("qemu-img".to_owned(), session.host.qemu_img_version.clone()),
             ]),
             guest: GuestFacts {
-                accelerator: session.accelerator.as_str().to_owned(),
+                acceleration: acceleration(session.accelerator),
+                processor: processor(recipe),
                 boot: session.plan.boot.as_str().to_owned(),
                 cpus: recipe.machine.cpus,
                 memory: recipe.machine.memory.bytes(),

@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::archive::environment;
-use super::guest_failure;
+use super::facts::processor;
 use super::log::Answer;
+use super::{guest_code, guest_failure};
 use crate::cancel::Cancel;
 use crate::disk::{self, Backing, Image, Overlay, Table};
 use crate::error::{Error, Exit};
@@ -19,7 +20,7 @@ use crate::units::show_duration;
 use crate::vm::guest::{Ended, Guest};
 use crate::vm::memory::GuestMemory;
 use crate::vm::process::{Launch, Machine};
-use crate::vm::spec::{self, Accelerator, Boot, DiskBus, MemoryState, Spec};
+use crate::vm::spec::{self, Accelerator, Boot, MemoryState, Spec};
 use crate::vm::{self, Sink, filter, host::Host, seed};
 
 /// How long a guest may take to boot, under software emulation of a slow host, unless the recipe says otherwise.
@@ -34,12 +35,12 @@ const RESUME_LIMIT: Duration = Duration::from_secs(60);
 /// How long kiln's own scripts may take.
 const OWN_LIMIT: Duration = Duration::from_secs(300);
 
-pub(super) const NETWORK_UP: &str = include_str!("guest/network-up.sh");
-pub(super) const NETWORK_DOWN: &str = include_str!("guest/network-down.sh");
-pub(super) const GROW: &str = include_str!("guest/grow.sh");
-pub(super) const SETTLE: &str = include_str!("guest/settle.sh");
-pub(super) const SEAL: &str = include_str!("guest/seal.sh");
-pub(super) const PACKAGES: &str = include_str!("guest/packages.sh");
+const NETWORK_UP: &str = include_str!("guest/network-up.sh");
+const NETWORK_DOWN: &str = include_str!("guest/network-down.sh");
+const GROW: &str = include_str!("guest/grow.sh");
+const SETTLE: &str = include_str!("guest/settle.sh");
+const SEAL: &str = include_str!("guest/seal.sh");
+const PACKAGES: &str = include_str!("guest/packages.sh");
 
 /// What the agent's drive brings for [`Session::own`], each script as a function.
 pub(super) fn library() -> String {
@@ -179,17 +180,6 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// The machine's arguments without names of files: see [`Spec::shape`].
-    pub(super) fn shape(&self) -> String {
-        let boot = match &self.plan.boot {
-            BootPath::Direct => {
-                Boot::Direct { kernel: PathBuf::new(), initrd: None, command_line: command_line(self.root) }
-            }
-            BootPath::Firmware { .. } => Boot::Bios,
-        };
-        self.spec_with(boot, MemoryState::Savable(PathBuf::new())).shape()
-    }
-
     fn spec(&self, memory_state: MemoryState) -> Result<Spec, Error> {
         let file = |name: &str| self.scratch.join(name);
         let failed = |error: std::io::Error| Error::io("cannot write the guest's drives", &error);
@@ -202,26 +192,8 @@ impl Session<'_> {
                 self.firmware()?
             }
         };
-        Ok(self.spec_with(boot, memory_state))
-    }
-
-    fn spec_with(&self, boot: Boot, memory_state: MemoryState) -> Spec {
-        let file = |name: &str| self.scratch.join(name);
-        Spec {
-            accelerator: self.accelerator,
-            cpus: self.recipe.machine.cpus,
-            memory: self.recipe.machine.memory,
-            overlay: self.overlay(),
-            bus: DiskBus::Virtio,
-            agent: Some(file("agent")),
-            seed: matches!(boot, Boot::Bios | Boot::Uefi { .. }).then(|| file("seed")),
-            boot,
-            network: match self.recipe.machine.network {
-                Network::None => spec::Network::None,
-                Network::Open | Network::Locked => spec::Network::Filtered,
-            },
-            memory_state,
-        }
+        let spec = spec(self.recipe, self.accelerator, boot, memory_state, self.scratch);
+        Ok(Spec { overlay: self.overlay(), ..spec })
     }
 
     /// Kernel and initrd as they are on the disk now: after a step that installed another kernel, the new one.
@@ -360,6 +332,30 @@ impl Session<'_> {
     }
 }
 
+/// The machine of a build guest, with its drives in `folder`.
+fn spec(recipe: &Recipe, accelerator: Accelerator, boot: Boot, memory_state: MemoryState, folder: &Path) -> Spec {
+    Spec {
+        accelerator,
+        cpus: recipe.machine.cpus,
+        processor: processor(recipe),
+        memory: recipe.machine.memory,
+        network: match recipe.machine.network {
+            Network::None => spec::Network::None,
+            Network::Open | Network::Locked => spec::Network::Filtered,
+        },
+        ..guest_code::machine(boot, memory_state, folder)
+    }
+}
+
+/// The machine's arguments without names of files: see [`Spec::shape`]. `root` is the kernel's `root=` on the base.
+pub(super) fn shape(recipe: &Recipe, plan: &Plan, root: &str, accelerator: Accelerator) -> String {
+    let boot = match &plan.boot {
+        BootPath::Direct => Boot::Direct { kernel: PathBuf::new(), initrd: None, command_line: command_line(root) },
+        BootPath::Firmware { .. } => Boot::Bios,
+    };
+    spec(recipe, accelerator, boot, MemoryState::Savable(PathBuf::new()), Path::new("")).shape()
+}
+
 /// UEFI firmware with a variable store of its own in `folder`.
 ///
 /// # Errors
@@ -378,20 +374,21 @@ pub(crate) fn uefi(host: &Host, folder: &Path) -> Result<Boot, Error> {
 
 /// `panic=-1` turns a panic into a reset, which QEMU reports; cloud-init stays off, so that it leaves no traces;
 /// `AppArmor` stays off because compiling its profiles at boot takes longer than the rest under software emulation, and
-/// so do the kernel's tests of its ciphers and its zeroing of memory that is handed out. All programs are loaded at the same
+/// so do the kernel's tests of its ciphers and its zeroing of memory that is handed out, and page-table isolation, which
+/// KVM's guests on Intel's processors would have. All programs are loaded at the same
 /// addresses: QEMU finds what it has translated of a library by virtual address, so each program would be translated anew
 /// (`tb_cmp` in QEMU's accel/tcg/cpu-exec.c; starting one takes 45 ms then, 13 ms so), and what a step makes must not
 /// depend on addresses. The journal stays in memory (systemd-debug-generator(8) has the masks): nothing
 /// holds a file of the disk open at the end, and no log of a build is in an image.
-fn command_line(root: &str) -> String {
+pub(super) fn command_line(root: &str) -> String {
     format!(
-        "root={root} rw console=ttyS0 quiet panic=-1 apparmor=0 cryptomgr.notests norandmaps \
+        "root={root} rw console=ttyS0 quiet panic=-1 apparmor=0 cryptomgr.notests norandmaps nopti \
          init_on_alloc=0 cloud-init=disabled \
          systemd.mask=systemd-journal-flush.service systemd.run=\"/bin/sh /dev/disk/by-id/virtio-kiln-agent\""
     )
 }
 
-fn network_environment() -> BTreeMap<String, String> {
+pub(super) fn network_environment() -> BTreeMap<String, String> {
     let address = |[a, b, c, d]: [u8; 4]| format!("{a}.{b}.{c}.{d}");
     BTreeMap::from([
         ("KILN_MAC".to_owned(), spec::MAC.to_owned()),

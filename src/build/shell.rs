@@ -13,7 +13,9 @@ use super::layers::{Layers, Start, machine_key};
 use super::log::Answer;
 use super::session::Session;
 use super::steps::{self, Logs};
-use super::{begin_at_base, find_host, guest_failure, import_base, inputs, make_plan, now, read_recipe, reboot};
+use super::{
+    acceleration, begin_at_base, find_host, guest_failure, import_base, inputs, make_plan, now, read_recipe, reboot,
+};
 use crate::cancel::Cancel;
 use crate::error::{Error, Exit};
 use crate::event::Events;
@@ -86,7 +88,7 @@ pub fn shell(
     let programs = (&request.qemu, &request.qemu_img);
     let (host, accelerator) = find_host(request.accelerator, programs, store, events, cancel)?;
     let base = import_base(&recipe, &host, store, events, cancel)?;
-    let (plan, root, growth) = make_plan(&recipe, &base, &inputs)?;
+    let (plan, root, growth) = make_plan(&recipe, &base, &inputs, &acceleration(accelerator))?;
     let wanted = request.at.as_deref().map(|at| layer_at(at, &plan)).transpose()?;
     let scratch = store.scratch()?;
     let mut session = Session {
@@ -105,7 +107,7 @@ pub fn shell(
         network_up: false,
         keyboard: matches!(visitor, Visitor::Person { .. }),
     };
-    let machine = machine_key(&session, &session.shape());
+    let machine = machine_key(&recipe, &plan, &root, accelerator, &host);
     // Held until the end, so that nothing removes what the guest reads.
     let mut layers = Layers::new(store, &session, &base.sha256, machine);
     let index = wanted.or_else(|| layers.deepest());

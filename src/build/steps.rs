@@ -95,7 +95,7 @@ fn send(
     let Inputs { script, files, .. } = inputs;
     let look = Look { owner: None, mode: None, time, cancel: session.cancel };
     match (&step.action, script) {
-        (Action::Copy { from, to, contents, owner, mode }, _) => {
+        (Action::Copy { from, to, contents, owner, mode, .. }, _) => {
             let owner = split_owner(owner.as_deref());
             let look = Look { owner: Some(&owner), mode: *mode, ..look };
             let copy = Copy { name: from, files, to, contents: *contents };

@@ -4,14 +4,14 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use kiln::build;
-use kiln::cli::Cache;
+use kiln::build::{self, Planned};
+use kiln::cli::{Accel, Cache};
 use kiln::error::{Error, Exit};
 use kiln::store::{Kind, Limits};
 use kiln::units::Size;
 use serde_json::json;
 
-use super::{Context, duration};
+use super::{Context, Planner, duration};
 
 /// Lists or removes.
 pub(super) fn run(context: &Context<'_>, command: Cache) -> Result<(), Error> {
@@ -20,7 +20,7 @@ pub(super) fn run(context: &Context<'_>, command: Cache) -> Result<(), Error> {
             list(context)?;
         }
         Cache::Gc { keep, older } => gc(context, keep.as_deref(), older.as_deref())?,
-        Cache::Export { recipes, out, set } => export(context, &recipes, &out, &set)?,
+        Cache::Export { recipes, out, set, accel } => export(context, &recipes, &out, &set, accel)?,
         Cache::Import { file } => import(context, &file)?,
     }
     Ok(())
@@ -71,16 +71,16 @@ fn gc(context: &Context<'_>, keep: Option<&str>, older: Option<&str>) -> Result<
     Ok(())
 }
 
-fn export(context: &Context<'_>, recipes: &[PathBuf], out: &Path, set: &[String]) -> Result<(), Error> {
-    let (store, host) = (context.store()?, context.host()?);
+fn export(context: &Context<'_>, recipes: &[PathBuf], out: &Path, set: &[String], accel: Accel) -> Result<(), Error> {
+    let planner = Planner::new(context, accel)?;
     let (mut bases, mut layers) = (Vec::new(), Vec::new());
     for path in recipes {
         let recipe = build::read_recipe(path, set)?;
-        let (plan, base) = build::plan(&recipe, &host, &store, &context.ui.events(), context.cancel)?;
+        let Planned { plan, base, .. } = planner.plan(&recipe)?;
         bases.push(base);
-        layers.extend(build::kept(&plan, &store));
+        layers.extend(build::kept(&plan, &planner.store));
     }
-    let done = store.export(&bases, layers, out, context.cancel)?;
+    let done = planner.store.export(&bases, layers, out, context.cancel)?;
     let text = format!("{}: {} bases, {} layers, {}", out.display(), done.bases, done.layers, Size(done.bytes));
     context.ui.result(&text, &json!({ "file": out, "content": done }));
     Ok(())

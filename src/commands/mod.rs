@@ -7,6 +7,7 @@ mod copy;
 mod direct;
 mod doctor;
 mod encryption;
+mod help;
 mod images;
 mod init;
 mod object;
@@ -30,14 +31,17 @@ use std::time::Duration;
 use clap::CommandFactory;
 use etcetera::BaseStrategy;
 
+use kiln::build::{Planned, choose_accelerator};
 use kiln::cancel::Cancel;
 use kiln::cli::{Accel, Cli, Command, Global};
 use kiln::error::{Error, Exit};
+use kiln::recipe::Recipe;
 use kiln::store::Store;
 use kiln::ui::Ui;
 use kiln::units::parse_duration;
 use kiln::vm::accelerator::Wanted;
 use kiln::vm::host::Host;
+use kiln::vm::spec::Accelerator;
 
 /// Runs the command.
 pub(crate) fn run(cli: Cli, ui: Ui, cancel: &Cancel) -> Result<(), Error> {
@@ -45,7 +49,7 @@ pub(crate) fn run(cli: Cli, ui: Ui, cancel: &Cancel) -> Result<(), Error> {
     match cli.command {
         Command::Init { dir } => init::run(&context, &dir),
         Command::Build(arguments) => build::run(&context, arguments),
-        Command::Plan { recipe, set } => plan::run(&context, &recipe, &set),
+        Command::Plan { recipe, set, accel } => plan::run(&context, &recipe, &set, accel),
         Command::Test { outdir, firmware, timeout, accel } => {
             rehearse::test(&context, &outdir, firmware, &timeout, accel)
         }
@@ -62,6 +66,7 @@ pub(crate) fn run(cli: Cli, ui: Ui, cancel: &Cancel) -> Result<(), Error> {
             provisioners::run(&context);
             Ok(())
         }
+        Command::Help { words } => help::run(&context, &words),
         Command::Doctor => doctor::run(&context),
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -96,6 +101,31 @@ impl Context<'_> {
 
     fn host(&self) -> Result<Host, Error> {
         Host::find(path_of("KILN_QEMU"), path_of("KILN_QEMU_IMG"), self.cancel)
+    }
+}
+
+/// What plans of recipes have in common: the host, and what of it is in every key.
+struct Planner<'a> {
+    context: &'a Context<'a>,
+    store: Store,
+    host: Host,
+    accelerator: Accelerator,
+    epoch: Option<u64>,
+}
+
+impl<'a> Planner<'a> {
+    fn new(context: &'a Context<'a>, accel: Accel) -> Result<Self, Error> {
+        let epoch = source_date_epoch()?;
+        let (store, host) = (context.store()?, context.host()?);
+        let events = context.ui.events();
+        let accelerator = choose_accelerator(wanted(accel), &host, &store, &events, context.cancel)?;
+        Ok(Self { context, store, host, accelerator, epoch })
+    }
+
+    /// What a build of the recipe would do.
+    fn plan(&self, recipe: &Recipe) -> Result<Planned, Error> {
+        let events = self.context.ui.events();
+        kiln::build::plan(recipe, self.accelerator, self.epoch, &self.host, &self.store, &events, self.context.cancel)
     }
 }
 

@@ -3,19 +3,20 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use kiln::build::{self, Outlook};
+use kiln::build::{self, Outlook, Planned};
+use kiln::cli::Accel;
 use kiln::error::Error;
 use kiln::recipe::Action;
 use serde_json::json;
 
-use super::Context;
+use super::{Context, Planner};
 
 /// Says what a build of the recipe would do.
-pub(super) fn run(context: &Context<'_>, recipe: &Path, set: &[String]) -> Result<(), Error> {
+pub(super) fn run(context: &Context<'_>, recipe: &Path, set: &[String], accel: Accel) -> Result<(), Error> {
     let recipe = build::read_recipe(recipe, set)?;
-    let store = context.store()?;
-    let (plan, base) = build::plan(&recipe, &context.host()?, &store, &context.ui.events(), context.cancel)?;
-    let outlooks = build::outlook(&plan, &store);
+    let planner = Planner::new(context, accel)?;
+    let Planned { plan, base, machine } = planner.plan(&recipe)?;
+    let outlooks = build::outlook(&plan, &planner.store, &machine);
     let kind = |action: &Action| match action {
         Action::File { .. } | Action::Inline { .. } => "run",
         Action::Copy { .. } => "copy",

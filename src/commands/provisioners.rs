@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use kiln::provisioners::{self, Input, Kind};
+use kiln::units::show_duration;
 use serde_json::{Value, json};
 
 use super::Context;
@@ -18,8 +19,18 @@ pub(super) fn run(context: &Context<'_>) {
             let _ = writeln!(text, "    {name} = {}\n        {}", brief(input), input.description);
             inputs.insert(name.clone(), describe(input));
         }
+        if let Some(age) = provisioner.max_age {
+            let age = show_duration(age);
+            let _ = writeln!(
+                text,
+                "    max_age\n        what the step left is taken from the cache for {age}, unless the step says otherwise"
+            );
+        }
         text.push('\n');
-        values.push(json!({ "name": provisioner.name, "description": provisioner.description, "inputs": inputs }));
+        values.push(json!({
+            "name": provisioner.name, "description": provisioner.description, "inputs": inputs,
+            "max_age": provisioner.max_age.map(|age| age.as_secs()),
+        }));
     }
     context.ui.result(&text, &Value::Array(values));
 }

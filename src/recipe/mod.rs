@@ -33,6 +33,7 @@ pub use encryption::Encryption;
 pub use grantee::Grantee;
 pub use publish::{BootMode, DEFAULT_ROOT_DEVICE, DiskFormat, Imds, Publish, Refusal, Sse, Tpm, Via};
 pub use read::parse;
+pub use reader::nearest;
 pub use release::{Protection, Release, days, parameter};
 pub use template::{Meanings, TemplateError, TextPart, name_parts, text_parts};
 pub use volume::{Ebs, Volume, VolumeKind, VolumeType};
@@ -217,6 +218,8 @@ pub struct Machine {
     pub cpus: u32,
     /// Memory, whole MiB, 256 MiB or more.
     pub memory: Size,
+    /// The processor that the guest sees.
+    pub cpu: CpuLevel,
     /// How it is started.
     pub boot: Boot,
     /// What it reaches.
@@ -225,6 +228,16 @@ pub struct Machine {
     pub network_span: Option<Range<usize>>,
     /// How long the guest may take to boot, and a step that doesn't say so itself; none: 10 and 30 minutes.
     pub timeout: Option<Duration>,
+}
+
+words! {
+    /// A level of the x86-64 psABI: which instruction sets a processor has at least.
+    CpuLevel {
+        /// Up to SSE4.2.
+        V2 = "x86-64-v2",
+        /// Up to AVX2, as distributions of the EL10 family need it.
+        V3 = "x86-64-v3",
+    }
 }
 
 words! {
@@ -277,6 +290,8 @@ pub struct Step {
     pub reboot: bool,
     /// Whether a later build may take its result from the store; otherwise it always runs, and so do all after it.
     pub cache: bool,
+    /// How long its result may be taken from the store; none: for ever. A step with `cache = false` has none.
+    pub max_age: Option<Duration>,
     /// Whether the guest's memory is kept after it; none: where that saves more than it costs.
     pub checkpoint: Option<bool>,
     /// Of the `[[provision]]` header.
@@ -314,6 +329,8 @@ pub enum Action {
         owner: Option<String>,
         /// Permission bits of the files; none: as they are.
         mode: Option<u32>,
+        /// Whether a link that `from` names is followed; otherwise it is copied as a link.
+        follow: bool,
     },
     /// Runs a provisioner that kiln brings along.
     Uses {

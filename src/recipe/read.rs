@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::reader::{Fields, Found, Reader, Source, suggest};
+use super::reader::{Fields, Found, Reader, Source, list, suggest};
 use super::{
-    Algorithm, Arch, Base, Boot, Digest, Disk, Image, Keep, Machine, Network, Override, Recipe, Seal, TestStep, dir_of,
-    publish, set, step, tree,
+    Algorithm, Arch, Base, Boot, CpuLevel, Digest, Disk, Image, Keep, Machine, Network, Override, Recipe, Seal,
+    TestStep, dir_of, publish, set, step, tree,
 };
 use crate::error::{Error, Exit};
 use crate::units::{GIB, MIB, Size};
@@ -185,12 +185,13 @@ fn machine(top: &Fields<'_>) -> Machine {
     let mut machine = Machine {
         cpus: 2,
         memory: Size(GIB),
+        cpu: CpuLevel::V3,
         boot: Boot::Auto,
         network: Network::Open,
         network_span: None,
         timeout: None,
     };
-    let known = ["cpus", "memory", "boot", "network", "timeout"];
+    let known = ["cpus", "memory", "cpu", "boot", "network", "timeout"];
     let Some(fields) = top.table("machine", "[machine]", &known) else { return machine };
     if let Some(cpus) = fields.integer("cpus") {
         match u32::try_from(cpus.value) {
@@ -207,6 +208,9 @@ fn machine(top: &Fields<'_>) -> Machine {
             machine.memory = memory.value;
         }
     }
+    if let Some(cpu) = cpu(&fields) {
+        machine.cpu = cpu;
+    }
     if let Some(boot) = fields.word("boot") {
         machine.boot = boot.value;
     }
@@ -216,6 +220,18 @@ fn machine(top: &Fields<'_>) -> Machine {
     }
     machine.timeout = fields.duration("timeout").map(|timeout| timeout.value);
     machine
+}
+
+/// Refused with the whole list: which level comes near says nothing of which one is meant.
+fn cpu(fields: &Fields<'_>) -> Option<CpuLevel> {
+    let found = fields.text("cpu")?;
+    let level = CpuLevel::ALL.iter().copied().find(|level| level.as_str() == found.value);
+    if level.is_none() {
+        let words: Vec<_> = CpuLevel::ALL.iter().map(|level| level.as_str()).collect();
+        let message = format!("`cpu` can't be `{}`", found.value);
+        fields.reader.refuse(&found.origin, message, Some(format!("use one of {}", list(&words))));
+    }
+    level
 }
 
 fn disk(top: &Fields<'_>) -> Disk {

@@ -272,15 +272,21 @@ impl<'a> Fields<'a> {
         self.measure(key, "a size such as \"4GiB\"", str::parse)
     }
 
-    /// A duration such as `30m`, neither nothing nor so long that clocks overflow.
+    /// A duration such as `30m` that something may take: neither nothing nor longer than any step waits.
     pub(super) fn duration(&self, key: &str) -> Option<Found<Duration>> {
+        let found = self.age(key)?;
+        if found.value > LONGEST {
+            self.reader.refuse(&found.origin, format!("`{key}` must be at most 30d"), None);
+            return None;
+        }
+        Some(found)
+    }
+
+    /// A duration such as `90d` that is not nothing.
+    pub(super) fn age(&self, key: &str) -> Option<Found<Duration>> {
         let found = self.measure(key, "a duration such as \"30m\"", parse_duration)?;
         if found.value.is_zero() {
             self.reader.refuse(&found.origin, format!("`{key}` must be longer than 0"), None);
-            return None;
-        }
-        if found.value > LONGEST {
-            self.reader.refuse(&found.origin, format!("`{key}` must be at most 30d"), None);
             return None;
         }
         Some(found)
@@ -397,8 +403,9 @@ pub(super) fn list(words: &[&str]) -> String {
     words.join(", ")
 }
 
-/// The word that was probably meant.
-pub(super) fn nearest<'a>(word: &str, words: &[&'a str]) -> Option<&'a str> {
+/// The word of `words` that was probably meant by `word`.
+#[must_use]
+pub fn nearest<'a>(word: &str, words: &[&'a str]) -> Option<&'a str> {
     let word = word.to_lowercase();
     let allowed = (word.chars().count() / 3).max(1);
     let near = words
@@ -413,9 +420,12 @@ pub(super) fn nearest<'a>(word: &str, words: &[&'a str]) -> Option<&'a str> {
 /// Keys that stand in one table only.
 const HOMES: [(&str, &[&str]); 6] = [
     ("[base]", &["image", "sha256", "sha512", "arch"]),
-    ("[machine]", &["cpus", "memory", "boot", "network", "timeout"]),
+    ("[machine]", &["cpus", "memory", "cpu", "boot", "network", "timeout"]),
     ("[disk]", &["size"]),
-    ("[[provision]]", &["inline", "copy", "uses", "with", "to", "owner", "mode", "files", "reboot", "run"]),
+    (
+        "[[provision]]",
+        &["inline", "copy", "uses", "with", "to", "owner", "mode", "follow", "files", "reboot", "max_age", "run"],
+    ),
     ("[seal]", &["keep"]),
     (
         "[publish]",

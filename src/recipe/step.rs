@@ -1,13 +1,14 @@
 //! `[[provision]]`: what changes the guest.
 
 use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
 
 use super::reader::{Fields, Found, list, suggest};
 use super::tree::Origin;
 use super::{Action, Step, read, with};
 use crate::provisioners;
 
-const KNOWN: [&str; 15] = [
+const KNOWN: [&str; 17] = [
     "name",
     "run",
     "inline",
@@ -17,20 +18,23 @@ const KNOWN: [&str; 15] = [
     "to",
     "owner",
     "mode",
+    "follow",
     "files",
     "env",
     "timeout",
     "reboot",
     "cache",
+    "max_age",
     "checkpoint",
 ];
 const ACTIONS: [&str; 4] = ["run", "inline", "copy", "uses"];
 /// Keys that mean something with some actions only.
-const COMPANIONS: [(&str, &[&str]); 6] = [
+const COMPANIONS: [(&str, &[&str]); 7] = [
     ("with", &["uses"]),
     ("to", &["copy"]),
     ("owner", &["copy"]),
     ("mode", &["copy"]),
+    ("follow", &["copy"]),
     ("files", &["run", "inline"]),
     ("env", &["run", "inline", "uses"]),
 ];
@@ -49,6 +53,7 @@ fn step(fields: &Fields<'_>) -> Option<Step> {
     let timeout = fields.duration("timeout").map(|found| found.value);
     let reboot = fields.boolean("reboot").is_some_and(|found| found.value);
     let cache = fields.boolean("cache").is_none_or(|found| found.value);
+    let max_age = max_age(fields, cache);
     let checkpoint = fields.boolean("checkpoint").map(|found| found.value);
     let env = fields.map("env", |key, _| read::variable(key));
     let kind = kind(fields)?;
@@ -61,8 +66,22 @@ fn step(fields: &Fields<'_>) -> Option<Step> {
     };
     let text = |key: &str| fields.text(key).map(|found| found.value);
     let name = name.or_else(|| default_name(text)).unwrap_or_else(|| kind.to_owned());
+    let max_age = match &action {
+        Action::Uses { provisioner, .. } if cache => max_age.or(provisioner.max_age),
+        _ => max_age,
+    };
     let span = fields.origin.span.clone();
-    Some(Step { name, action, env, timeout, reboot, cache, checkpoint, span, value_span: origin.span })
+    Some(Step { name, action, env, timeout, reboot, cache, max_age, checkpoint, span, value_span: origin.span })
+}
+
+/// How long the step's result may be taken from the store.
+fn max_age(fields: &Fields<'_>, cache: bool) -> Option<Duration> {
+    let found = fields.age("max_age")?;
+    if !cache {
+        let help = "a step with `cache = false` always runs: keep one of the two".to_owned();
+        fields.reader.refuse(&found.origin, "`max_age` has no effect with `cache = false`", Some(help));
+    }
+    Some(found.value)
 }
 
 /// The one key that says what the step does.
@@ -175,12 +194,13 @@ fn files(fields: &Fields<'_>) -> Option<Vec<PathBuf>> {
 fn copy(fields: &Fields<'_>) -> Option<(Action, Origin)> {
     let owner = fields.filled("owner").and_then(|found| owner(fields, found));
     let mode = mode(fields);
+    let follow = fields.boolean("follow").is_some_and(|found| found.value);
     let to =
         fields.require("to", "to = \"/srv/\"").and_then(|_| fields.filled("to")).and_then(|found| to(fields, found));
     let from = fields.filled("copy")?;
     // As for `cp -r`: `site/`, `site/.`, `.` and `..` name what is in a folder.
     let contents = matches!(from.value.rsplit('/').next(), Some("" | "." | ".."));
-    let action = Action::Copy { from: PathBuf::from(from.value), to: to?, contents, owner, mode };
+    let action = Action::Copy { from: PathBuf::from(from.value), to: to?, contents, owner, mode, follow };
     Some((action, from.origin))
 }
 

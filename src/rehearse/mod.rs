@@ -207,6 +207,7 @@ impl Rehearsal<'_> {
         let spec = Spec {
             accelerator: self.accelerator,
             cpus: 2,
+            processor: stage.manifest.guest.processor,
             memory: Size(GIB),
             boot,
             overlay: folder.join("overlay"),

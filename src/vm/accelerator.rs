@@ -139,6 +139,17 @@ fn last_line(stderr: &str, otherwise: &str) -> String {
     line.rsplit_once("qemu-system-x86_64: ").map_or(line, |(_, rest)| rest).trim().to_owned()
 }
 
+/// The vendor of the host's processor, as `/proc/cpuinfo` has it: QEMU gives it to the processor of KVM's guests.
+#[must_use]
+pub fn host_vendor() -> String {
+    vendor(&std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default()).to_owned()
+}
+
+fn vendor(cpuinfo: &str) -> &str {
+    let line = cpuinfo.lines().find(|line| line.starts_with("vendor_id"));
+    line.and_then(|line| line.split_once(':')).map_or("unknown", |(_, vendor)| vendor.trim())
+}
+
 /// What the user asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Wanted {
@@ -171,6 +182,13 @@ mod tests {
     #[test]
     fn the_canary_is_a_boot_sector() {
         assert_eq!(CANARY[510..], [0x55, 0xaa]);
+    }
+
+    #[test]
+    fn the_vendor_is_the_first_processors() {
+        let cpuinfo = "processor\t: 0\nvendor_id\t: GenuineIntel\n\nprocessor\t: 1\nvendor_id\t: Other\n";
+        assert_eq!(vendor(cpuinfo), "GenuineIntel");
+        assert_eq!(vendor("processor : 0\n"), "unknown");
     }
 
     #[test]

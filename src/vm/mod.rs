@@ -18,6 +18,7 @@ use std::io;
 use std::time::Duration;
 
 pub use output::Sink;
+use spec::{Accelerator, Processor};
 
 use crate::cancel::Cancelled;
 use crate::error::Exit;
@@ -50,6 +51,16 @@ pub enum Error {
         stderr: String,
         /// What it said on the monitor before.
         last_words: Option<String>,
+    },
+    /// QEMU can't give the guest its processor.
+    #[error("QEMU can't give the guest an {} processor: {lacks}", .processor.as_str())]
+    Processor {
+        /// What the guest should see.
+        processor: Processor,
+        /// What should run it.
+        accelerator: Accelerator,
+        /// QEMU's words for the first feature that is missing.
+        lacks: String,
     },
     /// QEMU refused a command.
     #[error("QEMU refused `{command}`: {answer}")]
@@ -119,10 +130,13 @@ impl Error {
         match self {
             Self::Cancelled(cancelled) | Self::Exec(exec::Error::Cancelled(cancelled)) => Exit::Signal(cancelled.0),
             Self::TimedOut { .. } | Self::Exec(exec::Error::TimedOut { .. }) => Exit::TimedOut,
-            Self::Exec(_) | Self::Io { .. } | Self::Died { .. } | Self::Monitor { .. } | Self::HostDiskFull => {
-                Exit::Host
-            }
-            Self::DiskFault { .. } => Exit::Host,
+            Self::Exec(_)
+            | Self::Io { .. }
+            | Self::Died { .. }
+            | Self::Processor { .. }
+            | Self::Monitor { .. }
+            | Self::HostDiskFull
+            | Self::DiskFault { .. } => Exit::Host,
             Self::GuestLost { .. } | Self::GuestStopped { .. } => Exit::Input,
             Self::Refused(_) => Exit::Step,
             Self::Protocol(_) => Exit::Bug,

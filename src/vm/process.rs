@@ -20,7 +20,9 @@ use super::console::Console;
 pub use super::console::Mirror;
 use super::memory::GuestMemory;
 use super::output::Output;
-use super::spec::{CTL_SOCKET, FRAMES_FROM_GUEST, FRAMES_TO_NETWORK, IN_SOCKET, OUT_SOCKET, QMP_SOCKET, Spec};
+use super::spec::{
+    Accelerator, CTL_SOCKET, FRAMES_FROM_GUEST, FRAMES_TO_NETWORK, IN_SOCKET, OUT_SOCKET, Processor, QMP_SOCKET, Spec,
+};
 use super::{Error, filter};
 use crate::cancel::{Cancel, Subscription};
 use crate::exec;
@@ -78,7 +80,22 @@ pub struct Machine {
     console_input: Option<ChildStdin>,
     cancel: Cancel,
     last_words: Option<String>,
+    processor: Processor,
     _subscription: Subscription,
+}
+
+/// Why QEMU ended. If it refused the processor, the error names the first feature that is missing.
+fn died(processor: Processor, how: String, stderr: String, last_words: Option<String>) -> Error {
+    let mut lines = stderr.lines();
+    let Some(line) = lines.find(|line| line.contains(" doesn't support requested feature: ")) else {
+        return Error::Died { how, stderr, last_words };
+    };
+    // The words follow the program's name, and `warning:`.
+    let words = line.rsplit_once("qemu-system-x86_64: ").map_or(line, |(_, words)| words);
+    let lacks = words.trim_start_matches("warning: ").to_owned();
+    // QEMU says `TCG` or `host` (mark_unavailable_features in its target/i386/cpu.c).
+    let accelerator = if lacks.starts_with("TCG") { Accelerator::Tcg } else { Accelerator::Kvm };
+    Error::Processor { processor, accelerator, lacks }
 }
 
 /// The two streams to the agent that kiln writes to.
@@ -120,7 +137,7 @@ impl Machine {
             Ok(None) => {
                 let status = child.wait().map_err(start)?;
                 cancel.check()?;
-                return Err(Error::Died { how: exec::describe(status), stderr: stderr.tail(), last_words: None });
+                return Err(died(spec.processor, exec::describe(status), stderr.tail(), None));
             }
             Err(error) => {
                 let _ = child.kill();
@@ -145,6 +162,7 @@ impl Machine {
             console_input,
             cancel: cancel.clone(),
             last_words: None,
+            processor: spec.processor,
             _subscription: subscription,
         };
         machine.monitor("qmp_capabilities", &json!({}))?;
@@ -266,7 +284,7 @@ impl Machine {
             Signal::Cancelled => Ok(self.cancel.check()?),
             Signal::Exited => {
                 let how = self.child.wait().map_or_else(|error| error.to_string(), exec::describe);
-                Err(Error::Died { how, stderr: self.stderr.tail(), last_words: self.last_words.take() })
+                Err(died(self.processor, how, self.stderr.tail(), self.last_words.take()))
             }
             Signal::Lost(line) => Err(Error::GuestLost { line: line.clone() }),
             Signal::Event(event) => self.doom_of_event(event),

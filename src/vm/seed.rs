@@ -9,7 +9,7 @@ use crate::units::MIB;
 /// Only what starts the agent runs: every other module of cloud-init would leave its traces on the disk. The lists
 /// replace the disk's own because user data is merged over them before the modules of a stage run (cloud-init,
 /// "Config user-data"). Without systemd the agent is started by hand.
-const USER_DATA: &str = r#"#cloud-config
+pub(crate) const USER_DATA: &str = r#"#cloud-config
 cloud_init_modules: [bootcmd]
 cloud_config_modules: []
 cloud_final_modules: []

@@ -310,3 +310,34 @@ fn the_hosts_disk_runs_full_while_a_step_prints() {
     help: free space on that filesystem, or choose another with --out, --cache-dir or TMPDIR
     "#);
 }
+
+/// A host or a QEMU that lacks a feature of the processor, before and after QEMU has connected.
+#[test]
+fn the_processor_that_the_recipe_asks_for_is_not_to_be_had() {
+    let bench = bench();
+    let refuses = |words: &str| json!([["stderr", format!("qemu-system-x86_64: {words}\n")], ["exit", 1]]);
+    let words = "warning: TCG doesn't support requested feature: CPUID.07H:EBX.avx2 [bit 5]\n\
+                 qemu-system-x86_64: TCG doesn't support requested features";
+    let said = bench.build(&json!({ "start": refuses(words) })).run().failed(4);
+    insta::assert_snapshot!(said, @r#"
+    error: QEMU can't give the guest an x86-64-v3 processor: TCG doesn't support requested feature: CPUID.07H:EBX.avx2 [bit 5]
+     |
+     = log: out/web.failed/build.log
+    help: set [machine] cpu = "x86-64-v2", or install a newer QEMU
+    "#);
+    let words = "TCG doesn't support requested feature: CPUID.07H:EBX.avx2 [bit 5]";
+    assert_eq!(bench.build(&json!({ "qmp qmp_capabilities": refuses(words) })).run().failed(4), said);
+    // KVM's words.
+    let words = "warning: host doesn't support requested feature: CPUID.01H:ECX.ssse3 [bit 9]";
+    let kvm = || bench.build(&json!({ "start": refuses(words) }));
+    let said = kvm().run().failed(4);
+    assert!(said.ends_with("\nhelp: set [machine] cpu = \"x86-64-v2\", or use --accel tcg\n"), "{said}");
+    let said = kvm().arg("--set").arg("machine.cpu=x86-64-v2").run().failed(4);
+    insta::assert_snapshot!(said, @r#"
+    error: QEMU can't give the guest an x86-64-v2 processor: host doesn't support requested feature: CPUID.01H:ECX.ssse3 [bit 9]
+     |
+     = log: out/web.failed/build.log
+    help: use --accel tcg
+    "#);
+    bench.assert_tidy(&["web.failed"]);
+}

@@ -193,7 +193,9 @@ fn the_examples_steps_are_read_whole() {
     assert_eq!(marked(&recipe, &uses.span), (22, "[[provision]]"));
     assert_eq!(marked(&recipe, &uses.value_span), (24, "\"nginx\""));
 
-    let Action::Copy { from, to, contents, owner, mode } = &copy.action else { panic!("{:?}", copy.action) };
+    let Action::Copy { from, to, contents, owner, mode, follow: false } = &copy.action else {
+        panic!("{:?}", copy.action)
+    };
     assert_eq!((from.as_path(), to.as_str(), *contents), (Path::new("site/"), "/var/www/html/", true));
     assert_eq!((owner.as_deref(), *mode), (Some("root:root"), Some(0o644)));
 
@@ -221,10 +223,39 @@ fn the_examples_publishing_is_read_whole() {
 }
 
 #[test]
+fn a_step_says_how_long_its_result_is_taken_and_a_provisioner_may_say_so_for_it() {
+    let age = |step: &str| read(&format!("{SMALL}[[provision]]\n{step}\n")).steps[0].max_age;
+    let hours = |hours| Some(Duration::from_hours(hours));
+    assert_eq!(age("inline = 'x'"), None);
+    assert_eq!(age("inline = 'x'\nmax_age = '90d'"), hours(90 * 24));
+    assert_eq!(age("uses = 'nginx'"), None);
+    assert_eq!(age("uses = 'updates'"), hours(24));
+    assert_eq!(age("uses = 'updates'\nmax_age = '1h'"), hours(1));
+    assert_eq!(age("uses = 'updates'\ncache = false"), None);
+}
+
+#[test]
+fn a_copy_follows_the_link_that_it_names_only_if_told() {
+    let follows = |more: &str| {
+        let recipe = read(&format!("{SMALL}[[provision]]\ncopy = 'x'\nto = '/x'\n{more}"));
+        matches!(recipe.steps[0].action, Action::Copy { follow: true, .. })
+    };
+    assert_eq!([follows(""), follows("follow = false"), follows("follow = true")], [false, false, true]);
+}
+
+#[test]
+fn a_processor_is_a_level() {
+    for level in CpuLevel::ALL {
+        assert_eq!(read(&format!("{SMALL}[machine]\ncpu = '{level}'\n")).machine.cpu, *level);
+    }
+}
+
+#[test]
 fn what_is_left_out_has_its_default() {
     let recipe = read(SMALL);
     assert_eq!(recipe.machine.cpus, 2);
     assert_eq!(recipe.machine.memory, Size(1024 * MIB));
+    assert_eq!(recipe.machine.cpu, CpuLevel::V3);
     assert_eq!(recipe.machine.network_span, None);
     assert_eq!(recipe.disk, Disk::default());
     assert!(recipe.steps.is_empty() && recipe.tests.is_empty() && recipe.env.is_empty());

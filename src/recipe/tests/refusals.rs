@@ -226,6 +226,12 @@ fn refused_names_and_bases() {
 
 const MACHINES_AND_DISKS: &[(&str, &str, &str)] = &[
     ("cpus = 2", "cpus = 0", "10:8 `0`: `cpus` must be between 1 and 64"),
+    (
+        "cpus = 2",
+        "cpu = \"x86-64-v4\"",
+        "10:7 `\"x86-64-v4\"`: `cpu` can't be `x86-64-v4`; use one of `x86-64-v2`, `x86-64-v3`",
+    ),
+    ("cpus = 2", "cpu = 3", "10:7 `3`: `cpu` wants a string, not an integer; write \"3\" in quotes"),
     ("memory = \"1GiB\"", "memory = \"255MiB\"", "11:10 `\"255MiB\"`: `memory` must be 256MiB or more"),
     ("memory = \"1GiB\"", "memory = \"1048577KiB\"", "11:10 `\"1048577KiB\"`: `memory` must be whole MiB"),
     (

@@ -10,6 +10,15 @@ const STEPS: &[(&str, &str, &str)] = &[
     ),
     ("copy = \"site/\"", "inline = \"true\"", "29:1 `to`: `to` has no effect with `inline`; it belongs to `copy`"),
     ("reboot = true", "owner = \"root\"", "36:1 `owner`: `owner` has no effect with `run`; it belongs to `copy`"),
+    ("reboot = true", "follow = true", "36:1 `follow`: `follow` has no effect with `run`; it belongs to `copy`"),
+    ("mode = \"0644\"", "follow = \"yes\"", "31:10 `\"yes\"`: `follow` wants true or false, not a string"),
+    (
+        "reboot = true",
+        "cache = false\nmax_age = \"1d\"",
+        "37:11 `\"1d\"`: `max_age` has no effect with `cache = false`; a step with `cache = false` always runs: keep one of the two",
+    ),
+    ("reboot = true", "max_age = \"0s\"", "36:11 `\"0s\"`: `max_age` must be longer than 0"),
+    ("reboot = true", "max_age = 1", "36:11 `1`: `max_age` wants a duration such as \"30m\", not an integer"),
     ("reboot = true", "with = {}", "36:1 `with`: `with` has no effect with `run`; it belongs to `uses`"),
     (
         "mode = \"0644\"",
