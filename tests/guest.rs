@@ -80,7 +80,7 @@ fn a_steps_words() {
         step("two", "services /services\nfrom-tmp note /note\nfrom-tmp none /none\nmounts /mounts\nappend /log 2"),
         step(
             "three",
-            "remove /old\nvar COLOUR /colour\nvar SHAPE /shape\ntake conf /etc/conf\nenv /env\nprocessors /cpu",
+            "remove /old\nvar COLOUR /colour\nvar SHAPE /shape\ntake conf /etc/conf\nenv /env\nprocessors /cpu\noutside /outside",
         ) + "files = [\"conf\"]\nenv = { COLOUR = \"it's\\nred\" }\n",
     ];
     let state = built(&bench, &steps.concat());

@@ -180,6 +180,7 @@ fn another_epoch(world: &mut World) -> String {
 }
 
 fn memories_gone(world: &mut World) -> String {
+    world.recipe.edit_last(&mut world.dice, &world.on);
     let mut memories = world.in_layers("memory.");
     if world.dice.once_in(2) {
         memories.retain(|_| world.dice.once_in(2));
@@ -190,7 +191,9 @@ fn memories_gone(world: &mut World) -> String {
     format!("{} of them", memories.len())
 }
 
+/// Which takes no memory of the other.
 fn other_qemu(world: &mut World) -> String {
+    world.recipe.edit_last(&mut world.dice, &world.on);
     world.qemu = world.dice.pick(&QEMUS);
     world.qemu.to_owned()
 }

@@ -183,6 +183,13 @@ impl Recipe {
         }
     }
 
+    /// Gives the last step something else to do, which what is kept of the others is needed for.
+    pub(super) fn edit_last(&mut self, dice: &mut Dice, on: &Switches) {
+        if let Some(step) = self.steps.last_mut() {
+            step.action = Action::Inline { lines: script(dice, on), file: false, colour: None };
+        }
+    }
+
     /// Makes the step that depends on the outside another one, before a step that is there; its index.
     pub(super) fn outside(&mut self, number: usize, dice: &mut Dice) -> usize {
         self.steps.retain(|step| !matches!(step.action, Action::Outside { .. }));
