@@ -74,21 +74,22 @@ fn a_copied_tree_keeps_its_names_modes_and_links() {
 #[test]
 fn a_steps_words() {
     let bench = Bench::new();
-    bench.write("conf/a", "beside");
+    bench.write("conf/a", "taken");
     let steps = [
         step("one", "start web\nenable db\ntmp note hello\nmount /mnt\nappend /log 1\nwrite /old x\nwrite /old/y z"),
         step("two", "services /services\nfrom-tmp note /note\nfrom-tmp none /none\nmounts /mounts\nappend /log 2"),
         step(
             "three",
-            "remove /old\nvar COLOUR /colour\nvar SHAPE /shape\ntake conf /etc/conf\nenv /env\nprocessors /cpu",
+            "remove /old\nvar COLOUR /colour\nvar SHAPE /shape\ntake conf /etc/conf\nenv /env\nprocessors /cpu\noutside /outside",
         ) + "files = [\"conf\"]\nenv = { COLOUR = \"it's\\nred\" }\n",
     ];
     let state = built(&bench, &steps.concat());
     let found = ["/services", "/note", "/none", "/mounts", "/log", "/colour", "/shape", "/etc/conf/a"];
     let found = found.map(|path| content(&state, path));
-    assert_eq!(found, ["web\n", "hello\n", "missing\n", "/mnt\n", "1\n2\n", "it's\nred\n", "unset\n", "beside"]);
+    assert_eq!(found, ["web\n", "hello\n", "missing\n", "/mnt\n", "1\n2\n", "it's\nred\n", "unset\n", "taken"]);
     assert!(content(&state, "/env").contains("KILN_STEP=three\n"), "{state}");
     assert!(content(&state, "/cpu").contains("-smp 2 -m "), "{state}");
+    assert_eq!(content(&state, "/outside"), "nothing\n");
     assert_eq!((&state["files"]["/old"], &state["files"]["/old/y"]), (&Value::Null, &Value::Null));
     bench.recipe(&step("one", "write /a b\ndance"));
     let said = bench.build(&guest(&json!({}))).run().failed(5);

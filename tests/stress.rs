@@ -1,7 +1,7 @@
 //! Several processes build on one store, while others collect, export and import, builds are killed, times jump and the
 //! filesystem fills up. No build fails but those that were killed or had no room, and every output is a cold build's.
 
-#![expect(clippy::print_stderr, reason = "a test tells what it did")]
+#![expect(clippy::print_stderr, reason = "the seed and the round are told for a failure")]
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -32,10 +32,9 @@ const NO_ROOM: [&str; 4] =
 
 struct Stress {
     bench: Bench,
-    on: Switches,
     /// Documents of the recipes' cold disks.
     cold: Vec<Value>,
-    /// None: the host lets this user have none.
+    /// Where the store is; none if the host doesn't permit one to this user.
     small: Option<SmallFilesystem>,
     /// How often it was filled, and whether it is full.
     fills: AtomicUsize,
@@ -72,11 +71,11 @@ impl Stress {
         let small = SmallFilesystem::mount(&bench.path("small"), ROOMY);
         let small = small
             .inspect_err(|why| {
-                eprintln!("no small filesystem: a guest that is told of a full disk has its place: {why}");
+                eprintln!("no small filesystem, so guests report a full disk instead: {why}");
             })
             .ok();
         let (fills, full) = (AtomicUsize::new(0), AtomicBool::new(false));
-        let mut stress = Self { bench, on, cold: Vec::new(), small, fills, full, tally: Default::default() };
+        let mut stress = Self { bench, cold: Vec::new(), small, fills, full, tally: Default::default() };
         for name in NAMES {
             let kiln = stress.kiln(&["build", "--accel", "tcg", "--out"]).arg(stress.bench.path("cold-out"));
             let kiln = kiln.arg(stress.recipe(name)).scenario(&guest(&json!({})));
@@ -271,7 +270,7 @@ fn concurrent_processes_share_a_store_whatever_happens_to_it() {
             scope.spawn(|| stress.filler(fork(BUILDERS + 1)));
         });
         stress.assert_outputs();
-        // The store still works, with room and without company.
+        // The store still works, with room and without concurrent processes.
         stress.build(BUILDERS, dice.pick(&NAMES), &json!({})).run().succeeded();
         stress.assert_outputs();
         wait_until("the end of every QEMU", || !stress.bench.any_qemu());

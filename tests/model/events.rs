@@ -30,16 +30,16 @@ const EVENTS: &[Event] = &[
     Event { name: "edit-file", weight: 5, happen: edit_file },
     Event { name: "edit-script", weight: 2, happen: edit_script },
     Event { name: "rename-file", weight: 2, happen: rename_file },
-    Event { name: "relink", weight: 2, happen: relink },
+    Event { name: "relink", weight: 4, happen: relink },
     Event { name: "chmod", weight: 2, happen: chmod },
     Event { name: "times", weight: 2, happen: touch_file },
     Event { name: "names", weight: 2, happen: rename_recipe },
     Event { name: "folder", weight: 1, happen: another_folder },
-    Event { name: "processors", weight: 2, happen: other_processors },
+    Event { name: "processors", weight: 4, happen: other_processors },
     Event { name: "epoch", weight: 2, happen: another_epoch },
     // The host.
-    Event { name: "memories-gone", weight: 3, happen: memories_gone },
-    Event { name: "other-qemu", weight: 2, happen: other_qemu },
+    Event { name: "memories-gone", weight: 4, happen: memories_gone },
+    Event { name: "other-qemu", weight: 3, happen: other_qemu },
     Event { name: "output-gone", weight: 3, happen: output_gone },
     Event { name: "gc", weight: 2, happen: gc },
     Event { name: "transfer", weight: 2, happen: transfer },
@@ -99,7 +99,7 @@ fn turn_step(world: &mut World) -> String {
 
 fn edit_file(world: &mut World) -> String {
     let files: Vec<_> = world.files().into_iter().filter(|file| !is_script(file)).collect();
-    let (file, text) = (world.dice.pick(&files), world.dice.pick(&["one", "two", "three"]));
+    let (file, text) = (world.dice.pick(&files), world.dice.pick(&["one", "two"]));
     let text = if file.ends_with("big") { text.repeat(20_000) } else { text.to_owned() };
     write_in_place(&world.bench.path("recipe").join(&file), text.as_bytes());
     format!("{file}, {} bytes", text.len())
@@ -130,11 +130,17 @@ fn rename_file(world: &mut World) -> String {
     format!("{from} to {to}")
 }
 
+/// A link leads elsewhere, or is replaced by a copy of what it leads to.
 fn relink(world: &mut World) -> String {
-    let link = world.dice.pick(&["inputs/link", "inputs/tree/link"]);
-    let target = if link == "inputs/link" { world.dice.pick(&["a", "b"]) } else { world.dice.pick(&["x", "sub/y"]) };
+    let (link, targets) = world.dice.pick(&[("inputs/link", ["a", "b"]), ("inputs/tree/link", ["x", "sub/y"])]);
     let path = world.bench.path("recipe").join(link);
+    let content = std::fs::read(&path).unwrap_or_default();
     std::fs::remove_file(&path).unwrap();
+    if world.dice.once_in(3) {
+        std::fs::write(&path, content).unwrap();
+        return format!("{link} is a file");
+    }
+    let target = world.dice.pick(&targets);
     std::os::unix::fs::symlink(target, &path).unwrap();
     format!("{link} to {target}")
 }
@@ -174,6 +180,7 @@ fn another_epoch(world: &mut World) -> String {
 }
 
 fn memories_gone(world: &mut World) -> String {
+    world.recipe.edit_last(&mut world.dice, &world.on);
     let mut memories = world.in_layers("memory.");
     if world.dice.once_in(2) {
         memories.retain(|_| world.dice.once_in(2));
@@ -184,7 +191,9 @@ fn memories_gone(world: &mut World) -> String {
     format!("{} of them", memories.len())
 }
 
+/// Which takes no memory of the other.
 fn other_qemu(world: &mut World) -> String {
+    world.recipe.edit_last(&mut world.dice, &world.on);
     world.qemu = world.dice.pick(&QEMUS);
     world.qemu.to_owned()
 }
@@ -275,9 +284,26 @@ fn fresh(world: &mut World) -> String {
     format!("{from}: {}", ended(world, &[&from], &json!({})))
 }
 
+/// `--no-cache=STEP` makes a step anew because the world has changed, and fails at the next one. What it made counts: the
+/// next build must not take what was kept on top of the old one.
 fn fresh_fails(world: &mut World) -> String {
-    let (from, moment) = (fresh_from(world), world.moment());
+    let Some((from, moment)) = built_before_the_world_changes(world) else { return "not built".to_owned() };
     format!("{from}, {moment} fails: {}", ended(world, &[&from], &json!({ &moment: [["status", 1]] })))
+}
+
+/// As `fresh_fails`, killed.
+fn fresh_killed(world: &mut World) -> String {
+    let Some((from, moment)) = built_before_the_world_changes(world) else { return "not built".to_owned() };
+    kill_at(world, &moment, &[&from])
+}
+
+/// Builds with a step that depends on the world, then changes the world: how to make that step anew, and the moment of the
+/// next one.
+fn built_before_the_world_changes(world: &mut World) -> Option<(String, String)> {
+    let index = world.recipe.outside(world.outside + 1, &mut world.dice);
+    let ended = ended(world, &[], &json!({}));
+    world.outside += 1;
+    (ended == "Some(0)").then(|| (format!("--no-cache={}", index + 1), world.moment_of(index + 1)))
 }
 
 fn fails(world: &mut World) -> String {
@@ -295,15 +321,6 @@ fn ended(world: &mut World, arguments: &[&str], scenario: &Value) -> String {
 }
 
 fn killed(world: &mut World) -> String {
-    kill_at_some_moment(world, &[])
-}
-
-fn fresh_killed(world: &mut World) -> String {
-    let from = fresh_from(world);
-    kill_at_some_moment(world, &[&from])
-}
-
-fn kill_at_some_moment(world: &mut World, arguments: &[&str]) -> String {
     const MOMENTS: [&str; 13] = [
         "step",
         "step",
@@ -323,10 +340,15 @@ fn kill_at_some_moment(world: &mut World, arguments: &[&str]) -> String {
         "step" => world.moment(),
         moment => moment.to_owned(),
     };
+    kill_at(world, &moment, &[])
+}
+
+/// Kills a build at a moment, if it comes there.
+fn kill_at(world: &mut World, moment: &str, arguments: &[&str]) -> String {
     world.write_recipe();
     world.forget(Side::Warm);
-    let mut kiln = world.build(Side::Warm, &json!({ &moment: [["hang"]] })).args(arguments).start();
-    let reached = reaches(world, &mut kiln, &[&moment]);
+    let mut kiln = world.build(Side::Warm, &json!({ moment: [["hang"]] })).args(arguments).start();
+    let reached = reaches(world, &mut kiln, &[moment]);
     if reached {
         kiln.signal(Signal::KILL);
     }

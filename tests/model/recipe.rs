@@ -6,37 +6,38 @@ use super::dice::Dice;
 use super::world::Switches;
 
 const NAMES: [&str; 8] = ["ash", "birch", "cedar", "elm", "fir", "larch", "oak", "pine"];
-const VALUES: [&str; 3] = ["one", "two", "three"];
+const VALUES: [&str; 2] = ["one", "two"];
 const COLOURS: [&str; 2] = ["red", "it's blue"];
 const MOST_STEPS: usize = 6;
-/// What a step does besides writing files, and under which switch. `@` is a letter.
-const LINES: [(&str, &str); 18] = [
-    ("", "write /etc/@ $"),
-    ("", "append /log/@ $"),
-    ("", "remove /etc/@"),
-    ("", "print $"),
-    ("", "var COLOUR /seen/colour-@"),
-    ("env", "env /seen/env-@"),
-    ("names", "var KILN_NAME /seen/name-@"),
-    ("names", "var KILN_STEP /seen/step-@"),
-    ("epoch", "var SOURCE_DATE_EPOCH /seen/epoch-@"),
-    ("volatile", "start service-@"),
-    ("volatile", "stop service-@"),
-    ("volatile", "enable service-@"),
-    ("volatile", "services /seen/services-@"),
-    ("volatile", "tmp @ $"),
-    ("volatile", "from-tmp @ /seen/tmp-@"),
-    ("volatile", "mount /mnt/@"),
-    ("volatile", "mounts /seen/mounts-@"),
-    ("processors", "processors /seen/processors"),
+/// What a step does, under which switch, and how often. `@` is a letter and `$` a value.
+const LINES: [(&str, usize, &str); 18] = [
+    ("", 1, "write /etc/@ $"),
+    ("", 1, "append /log/@ $"),
+    ("", 1, "remove /etc/@"),
+    ("", 1, "print $"),
+    ("", 1, "var COLOUR /seen/colour-@"),
+    ("env", 2, "env /seen/env-@"),
+    ("names", 1, "var KILN_NAME /seen/name-@"),
+    ("names", 1, "var KILN_STEP /seen/step-@"),
+    ("epoch", 1, "var SOURCE_DATE_EPOCH /seen/epoch-@"),
+    ("volatile", 3, "start service-@"),
+    ("volatile", 1, "stop service-@"),
+    ("volatile", 1, "enable service-@"),
+    ("volatile", 4, "services /seen/services-@"),
+    ("volatile", 2, "tmp @ $"),
+    ("volatile", 3, "from-tmp @ /seen/tmp-@"),
+    ("volatile", 1, "mount /mnt/@"),
+    ("volatile", 2, "mounts /seen/mounts-@"),
+    ("processors", 4, "processors /seen/processors"),
 ];
 /// What a copy copies, and under which switch.
-const SOURCES: [(&str, &str); 8] = [
+const SOURCES: [(&str, &str); 9] = [
     ("", "inputs/a"),
     ("", "inputs/big"),
     ("", "inputs/tree"),
     ("", "inputs/tree/"),
     ("", "inputs/tree/sub"),
+    ("copied-links", "inputs/link"),
     ("copied-links", "inputs/link"),
     ("copied-links", "inputs/folder-link/"),
     ("dot", "."),
@@ -70,6 +71,10 @@ pub(super) enum Action {
         file: bool,
         colour: Option<&'static str>,
     },
+    /// Writes what no key can have, with a number that no other step has.
+    Outside {
+        number: usize,
+    },
     /// A script's path.
     Run {
         script: &'static str,
@@ -84,8 +89,7 @@ pub(super) enum Action {
 
 /// A line of a step's script.
 pub(super) fn line(dice: &mut Dice, on: &Switches) -> String {
-    let choices: Vec<_> = LINES.into_iter().filter(|(switch, _)| on.has(switch)).collect();
-    let (_, template) = dice.pick(&choices);
+    let (_, _, template) = dice.weighted(&LINES, |(switch, weight, _)| if on.has(switch) { *weight } else { 0 });
     let mut text = String::new();
     for letter in template.chars() {
         match letter {
@@ -179,6 +183,29 @@ impl Recipe {
         }
     }
 
+    /// Gives the last step something else to do, which what is kept of the others is needed for.
+    pub(super) fn edit_last(&mut self, dice: &mut Dice, on: &Switches) {
+        if let Some(step) = self.steps.last_mut() {
+            step.action = Action::Inline { lines: script(dice, on), file: false, colour: None };
+        }
+    }
+
+    /// Makes the step that depends on the outside another one, before a step that is there; its index.
+    pub(super) fn outside(&mut self, number: usize, dice: &mut Dice) -> usize {
+        self.steps.retain(|step| !matches!(step.action, Action::Outside { .. }));
+        if self.steps.is_empty() {
+            let action = Action::Inline { lines: vec!["write /etc/a one".to_owned()], file: false, colour: None };
+            let name = self.fresh_name(dice);
+            self.steps.push(Step { name, action, cache: true, reboot: false, checkpoint: None });
+        }
+        self.steps.truncate(MOST_STEPS - 1);
+        let index = dice.below(self.steps.len());
+        let (name, checkpoint) = (self.fresh_name(dice), dice.pick(&[None, Some(true), Some(false)]));
+        let action = Action::Outside { number };
+        self.steps.insert(index, Step { name, action, cache: true, reboot: false, checkpoint });
+        index
+    }
+
     /// Changes how a step is kept, or what it is called.
     pub(super) fn turn(&mut self, dice: &mut Dice, on: &Switches) {
         let fresh = self.fresh_name(dice);
@@ -225,6 +252,7 @@ impl Step {
                     add("env", format!("{{ COLOUR = \"{colour}\" }}"));
                 }
             }
+            Action::Outside { number } => add("inline", format!("'''\noutside /outside\n# {number}\n'''")),
             Action::Run { script } => {
                 add("run", quoted(script));
                 if *script == TAKES {

@@ -1,5 +1,6 @@
 //! A bench whose cache lives on from round to round, and what a round asserts.
-#![expect(clippy::print_stderr, reason = "a test that fails shows how to replay it")]
+
+#![expect(clippy::print_stderr, reason = "the seed and the history are told for a failure")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -53,6 +54,8 @@ pub(super) struct World {
     pub(super) folder: &'static str,
     pub(super) epoch: Option<&'static str>,
     pub(super) cpus: Option<u32>,
+    /// What steps find outside of the guest, which no key can have.
+    pub(super) outside: usize,
     /// What is known of cold builds, by their inputs.
     colds: BTreeMap<String, Cold>,
     history: History,
@@ -99,6 +102,7 @@ impl World {
             folder: "",
             epoch: None,
             cpus: None,
+            outside: 0,
             colds: BTreeMap::new(),
             history: History { seed, lines: Vec::new(), recipe: String::new() },
             dice,
@@ -194,11 +198,12 @@ impl World {
 
     /// Everything that a cold build depends on.
     fn inputs(&self) -> String {
-        let mut inputs = format!("{} {:?} {:?} {}\n", self.qemu, self.epoch, self.cpus, self.recipe.text());
+        let mut inputs =
+            format!("{} {} {:?} {:?} {}\n", self.outside, self.qemu, self.epoch, self.cpus, self.recipe.text());
         for link in ["inputs/link", "inputs/tree/link"] {
             let path = self.bench.path("recipe").join(link);
             let made = path.symlink_metadata().unwrap().modified().unwrap();
-            let _ = writeln!(inputs, "{link} {} {made:?}", path.read_link().unwrap().display());
+            let _ = writeln!(inputs, "{link} {:?} {made:?}", path.read_link().ok());
         }
         for file in self.files() {
             let path = self.bench.path("recipe").join(&file);
@@ -254,6 +259,7 @@ impl World {
         let out = self.bench.path(if side == Side::Warm { "out" } else { "cold-out" });
         let mut scenario = guest(scenario);
         scenario["says-version"] = json!(self.qemu);
+        scenario["outside"] = json!(self.outside.to_string());
         self.kiln(side, &["build"]).args(["--accel", "tcg", "--out"]).arg(out).scenario(&scenario)
     }
 
@@ -294,7 +300,12 @@ impl World {
 
     /// A step of the recipe, by what the fake QEMU calls the moment when it runs.
     pub(super) fn moment(&mut self) -> String {
-        let step = self.dice.pick(&self.recipe.steps);
+        let index = self.dice.below(self.recipe.steps.len());
+        self.moment_of(index)
+    }
+
+    pub(super) fn moment_of(&self, index: usize) -> String {
+        let step = &self.recipe.steps[index];
         match step.action {
             Action::Copy { .. } => "put".to_owned(),
             _ => format!("step {}", step.name),

@@ -50,7 +50,7 @@ impl SmallFilesystem {
         PathBuf::from(format!("/proc/{}/root", self.holder.id())).join(path.strip_prefix("/").unwrap())
     }
 
-    /// Leaves so many KiB of room.
+    /// Leaves this much room, in KiB.
     pub(crate) fn fill(&self, leave: usize) {
         let used = "$(df -k --output=used \"$0\" | tail -1)";
         self.remount(&format!("$(({used} + {leave}))k"));
