@@ -368,9 +368,7 @@ impl<'a> Layers<'a> {
             return Ok(());
         }
         let layer = &self.plan.layers[index];
-        let left = guest.sync(SYNC_LIMIT).map_err(guest_failure)?;
-        let kernel = self.kernel_set.then(|| KERNEL_SETTINGS.to_owned());
-        let volatile: Vec<_> = kernel.into_iter().chain((!left.is_empty()).then_some(left)).collect();
+        let volatile = self.volatile(guest)?;
         let pending = match self.begin(&layer.key, session) {
             Ok(pending) => pending,
             Err(error) => {
@@ -384,7 +382,7 @@ impl<'a> Layers<'a> {
             guest.checkpoint(session.nodes(), &fresh, memory.as_deref(), session.scratch).map_err(guest_failure)?;
         let is_merged = self.bring_disk(&old, &pending, session)?;
         let backing = record.backing.filter(|_| !is_merged);
-        let record = Record { volatile: volatile.join("; "), backing, ..record };
+        let record = Record { volatile, backing, ..record };
         let filled = log.map_or(Ok(0), |log| std::fs::copy(log, pending.log())).and(saved.memory);
         if filled.is_err() {
             // Room for what the guest is going to write.
@@ -396,30 +394,31 @@ impl<'a> Layers<'a> {
             Ok(_) => placed.commit(self.store, record, &machines),
             Err(error) => Err((Error::io("cannot write to the cache", &error), placed)),
         };
-        match committed {
-            Ok(kept) => {
-                let volatile = &kept.record().volatile;
-                session.events.detail(format!(
-                    "kept `{}`{}: the guest stood still for {}{}",
-                    layer.name,
-                    if with_memory { " with its memory" } else { "" },
-                    show_duration(saved.took),
-                    if volatile.is_empty() { String::new() } else { format!("; outside its disk: {volatile}") },
-                ));
-                if is_merged {
-                    self.merged.append(&mut self.held);
-                }
-                self.held.push(kept);
-                if with_memory {
-                    self.since_memory = Duration::ZERO;
-                }
-            }
+        let kept = match committed {
+            Ok(kept) => kept,
             Err((error, placed)) => {
                 self.not_kept(&layer.name, &error, session);
                 self.placed.push(placed);
+                return Ok(());
             }
+        };
+        tell_kept(&kept, with_memory, saved.took, session);
+        if is_merged {
+            self.merged.append(&mut self.held);
+        }
+        self.held.push(kept);
+        if with_memory {
+            self.since_memory = Duration::ZERO;
         }
         Ok(())
+    }
+
+    /// Has the guest write out its disk. What it has besides that a boot would not bring back, as text for people.
+    fn volatile(&self, guest: &mut Guest) -> Result<String, Error> {
+        let left = guest.sync(SYNC_LIMIT).map_err(guest_failure)?;
+        let kernel = self.kernel_set.then(|| KERNEL_SETTINGS.to_owned());
+        let all: Vec<_> = kernel.into_iter().chain((!left.is_empty()).then_some(left)).collect();
+        Ok(all.join("; "))
     }
 
     /// Begins a layer, and the overlay that the guest will go on in, which names the layer's disk.
@@ -472,6 +471,14 @@ impl<'a> Layers<'a> {
             network_up,
         }
     }
+}
+
+fn tell_kept(kept: &Layer, with_memory: bool, took: Duration, session: &Session<'_>) {
+    let Record { name, volatile, .. } = kept.record();
+    let memory = if with_memory { " with its memory" } else { "" };
+    let outside = if volatile.is_empty() { String::new() } else { format!("; outside its disk: {volatile}") };
+    let took = show_duration(took);
+    session.events.detail(format!("kept `{name}`{memory}: the guest stood still for {took}{outside}"));
 }
 
 fn random_id() -> Result<String, Error> {

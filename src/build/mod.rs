@@ -424,13 +424,8 @@ impl Job<'_> {
     ) -> Result<Manifest, Error> {
         let recipe = session.recipe;
         let bug = |error: serde_json::Error| Error::new(Exit::Bug, format!("cannot write the manifest: {error}"));
-        let mut boot_modes = Vec::new();
-        if export.modes.legacy_bios {
-            boot_modes.push("legacy-bios".to_owned());
-        }
-        if !export.modes.uefi.is_empty() {
-            boot_modes.push("uefi".to_owned());
-        }
+        let modes = [("legacy-bios", export.modes.legacy_bios), ("uefi", !export.modes.uefi.is_empty())];
+        let boot_modes = modes.into_iter().filter(|(_, has)| *has).map(|(mode, _)| mode.to_owned()).collect();
         let recipe::Image::Path(base) = &recipe.base.image else {
             return Err(Error::new(Exit::Bug, "a base without a file was built"));
         };

@@ -4,11 +4,13 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::archive::{Look, Script};
+use super::inputs::Inputs;
 use super::layers::{Layers, Start, machine_key};
 use super::log::Answer;
 use super::session::Session;
@@ -120,30 +122,54 @@ pub fn shell(
         Start::Base => begin_at_base(&mut session, &base.sha256, &growth)?,
     };
     session.give_network(&mut guest)?;
-    let time = request.source_date_epoch.unwrap_or_else(now);
-    let logs = Logs { folder: scratch.path().to_owned(), after_failure: None };
-    fs_err::create_dir(scratch.path().join("steps")).map_err(|error| Error::io("cannot write to the cache", &error))?;
-    let first = start.done().saturating_sub(1);
-    for (step, inputs) in inputs.iter().enumerate().take(index).skip(first) {
-        steps::run(&session, &mut guest, step, inputs, &logs, time)?;
-        if recipe.steps[step].reboot {
-            guest = reboot(&mut session, guest)?;
+    let rest = start.done().saturating_sub(1)..index;
+    guest = run_steps(rest, &inputs, &mut session, guest, request.source_date_epoch)?;
+    let env = environment(&recipe, request.source_date_epoch);
+    welcome(visitor, &place_in_words(index, &recipe, &plan), &mut session, guest, env, mirror)
+}
+
+/// Runs the steps with these indices, as a build does.
+fn run_steps(
+    steps: Range<usize>,
+    inputs: &[Inputs],
+    session: &mut Session<'_>,
+    mut guest: Guest,
+    epoch: Option<u64>,
+) -> Result<Guest, Error> {
+    let time = epoch.unwrap_or_else(now);
+    let logs = Logs { folder: session.scratch.to_owned(), after_failure: None };
+    fs_err::create_dir(logs.folder.join("steps")).map_err(|error| Error::io("cannot write to the cache", &error))?;
+    for step in steps {
+        steps::run(session, &mut guest, step, &inputs[step], &logs, time)?;
+        if session.recipe.steps[step].reboot {
+            guest = reboot(session, guest)?;
             session.give_network(&mut guest)?;
         }
     }
-    let env = environment(&recipe, request.source_date_epoch);
-    let at = place_in_words(index, &recipe, &plan);
+    Ok(guest)
+}
+
+/// Lets the visitor in. `at` says where the guest stands.
+fn welcome(
+    visitor: Visitor,
+    at: &str,
+    session: &mut Session<'_>,
+    mut guest: Guest,
+    env: BTreeMap<String, String>,
+    mirror: Mirror,
+) -> Result<(), Error> {
+    let events = session.events;
     match visitor {
         Visitor::Script(text) => {
             events.detail(format!("the guest {at}"));
-            run_script(&session, &mut guest, &text, &env, mirror)
+            run_script(session, &mut guest, &text, &env, mirror)
         }
         Visitor::Person { size, terminal, keyboard, at_the_keyboard } => {
             events.note(format!("the guest {at}; nothing that you do is kept; exit or Ctrl-] ends it"));
             let env = on_terminal(env, size, terminal);
             let _seated = at_the_keyboard();
             guest.hand_over(mirror, keyboard);
-            let talked = talk(&session, &mut guest, &env);
+            let talked = talk(session, &mut guest, &env);
             guest.end();
             talked
         }

@@ -193,25 +193,29 @@ impl Store {
         })?;
         super::verify::sync_and_note(&raw, &fresh, "import-base", events, cancel)?;
         fs_err::write(fresh.join(FORMAT), &info.format).map_err(io_failed)?;
-        // Locked before it has its name: nothing removes it before it is in use.
-        let in_use = File::open(fresh.join(FORMAT)).map_err(io_failed)?;
-        rustix::fs::flock(&in_use, FlockOperation::LockShared).map_err(|error| io_failed(error.into()))?;
         let disk = fs_err::OpenOptions::new().write(true).open(&raw).map_err(io_failed)?;
         // Overlays rely on it byte for byte.
         let mut permissions = disk.metadata().map_err(io_failed)?.permissions();
         permissions.set_readonly(true);
         disk.set_permissions(permissions).map_err(io_failed)?;
-        if folder.exists() && !(folder.join("disk.raw").is_file() && folder.join("format").is_file()) {
-            fs_err::remove_dir_all(folder).map_err(io_failed)?;
-        }
-        match fs_err::rename(&fresh, folder) {
-            Ok(()) => {
-                let (disk, sha256) = (folder.join("disk.raw"), sha256.to_owned());
-                Ok(Some(Imported { disk, sha256, format: info.format, _in_use: Arc::new(in_use) }))
-            }
-            Err(_) if folder.join(FORMAT).is_file() => Ok(None),
-            Err(error) => Err(io_failed(error)),
-        }
+        // Locked before it has its name: nothing removes it before it is in use.
+        let in_use = File::open(fresh.join(FORMAT)).map_err(io_failed)?;
+        rustix::fs::flock(&in_use, FlockOperation::LockShared).map_err(|error| io_failed(error.into()))?;
+        let is_named = give_name(&fresh, folder).map_err(io_failed)?;
+        let (disk, sha256, format) = (folder.join("disk.raw"), sha256.to_owned(), info.format);
+        Ok(is_named.then(|| Imported { disk, sha256, format, _in_use: Arc::new(in_use) }))
+    }
+}
+
+/// Gives an unpacked base its name in the store; `false` if another process was quicker with the same bytes.
+fn give_name(fresh: &Path, folder: &Path) -> io::Result<bool> {
+    let is_there = || folder.join("disk.raw").is_file() && folder.join(FORMAT).is_file();
+    if folder.exists() && !is_there() {
+        fs_err::remove_dir_all(folder)?;
+    }
+    match fs_err::rename(fresh, folder) {
+        Err(_) if is_there() => Ok(false),
+        renamed => renamed.map(|()| true),
     }
 }
 

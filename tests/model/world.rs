@@ -153,7 +153,8 @@ impl World {
             self.note(text.clone());
             self.history.recipe = text;
         }
-        let plan = self.kiln(Side::Warm, &["plan"]).run();
+        let version = json!({ "says-version": self.qemu });
+        let plan = self.kiln(Side::Warm, &["plan"]).args(["--accel", "tcg"]).scenario(&version).run();
         self.forget(Side::Warm);
         let warm = self.build(Side::Warm, &json!({})).run();
         self.note(format!("warm: {:?} {}", warm.code, warm.stderr));

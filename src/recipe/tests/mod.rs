@@ -336,7 +336,13 @@ fn copies_tell_a_folder_from_what_is_in_it() {
     };
     assert_eq!(copy("copy = 'site'"), (false, None, None));
     assert_eq!(copy("copy = 'site/'\nmode = '755'"), (true, None, Some(0o755)));
-    assert_eq!(copy("copy = '.'\nmode = '4750'\nowner = '1000:33'"), (false, Some("1000:33".to_owned()), Some(0o4750)));
+    assert_eq!(
+        copy("copy = '.x'\nmode = '4750'\nowner = '1000:33'"),
+        (false, Some("1000:33".to_owned()), Some(0o4750))
+    );
+    for contents in [".", "..", "site/.", "../site/.."] {
+        assert_eq!(copy(&format!("copy = '{contents}'")), (true, None, None), "{contents}");
+    }
 }
 
 #[test]
