@@ -381,7 +381,10 @@ fn edit_while_building(world: &mut World) -> String {
         0 => edited.truncate(original.len() / 2),
         1 => edited.extend(b"\nwrite /etc/a edited"),
         // A script whose last word is another, or a file of the same length.
-        _ => *edited.last_mut().unwrap() = b'!',
+        _ => match edited.last_mut() {
+            Some(last) => *last = b'!',
+            None => edited.push(b'!'),
+        },
     }
     let wait = json!([["wait-for", "go"]]);
     let mut kiln = world.build(Side::Warm, &json!({ "boot": wait, "resume": wait })).start();
