@@ -1,7 +1,6 @@
 //! What machine to start, as data, and the QEMU arguments that say so. Pure.
 
 use std::ffi::OsString;
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
