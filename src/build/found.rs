@@ -70,13 +70,13 @@ impl Found {
     }
 
     /// The level where a build begins soonest, and which of its layers it begins with: in the memory of the deepest that
-    /// `machine` can take, unless the steps since then took longer than booting the disk of a deeper one.
-    pub(super) fn start(&self, machine: &str) -> Option<(usize, usize)> {
+    /// `machine` can take (none: no memory can), unless the steps since then took longer than booting the disk of a deeper one.
+    pub(super) fn start(&self, machine: Option<&str>) -> Option<(usize, usize)> {
         let deepest = |fits: &dyn Fn(&Layer) -> bool| {
             let chosen = |index| Some((index, self.layers(index).position(fits)?));
             (0..self.levels.len()).rev().find_map(chosen)
         };
-        let resumed = deepest(&|layer| layer.memory(machine).is_some());
+        let resumed = deepest(&|layer| machine.is_some_and(|machine| layer.memory(machine).is_some()));
         let booted = deepest(&|layer| layer.record().volatile.is_empty());
         let boot = self.seconds(0, 0).min(f64::MAX);
         match (resumed, booted) {
@@ -155,7 +155,7 @@ pub enum Outlook {
 pub fn outlook(plan: &Plan, store: &Store, machine: &str) -> Vec<Outlook> {
     let mut changed = false;
     let found = found(store, plan, plan.layers.len());
-    let done = found.start(machine).map_or(0, |(index, _)| index + 1);
+    let done = found.start(Some(machine)).map_or(0, |(index, _)| index + 1);
     let look = |(index, (layer, level)): (usize, (&plan::Layer, &Level))| {
         let made = |why: &str| Outlook::Made(vec![why.to_owned()]);
         let (outlook, anew) = match (level, level.layers.first()) {

@@ -98,6 +98,8 @@ pub(super) struct Layers<'a> {
     lineage: Vec<Making>,
     /// Whether a step since the last boot may have changed settings of the kernel.
     kernel_set: bool,
+    /// Whether QEMU has refused a memory that should have been this machine's.
+    refused: bool,
     /// Whether the store takes no more layers.
     full: bool,
     /// The right to make the next layer.
@@ -121,6 +123,7 @@ impl<'a> Layers<'a> {
             placed: Vec::new(),
             lineage: Vec::new(),
             kernel_set: false,
+            refused: false,
             full: false,
             claim: None,
             since_memory: Duration::ZERO,
@@ -165,30 +168,28 @@ impl<'a> Layers<'a> {
         found(self.store, self.plan, self.plan.layers.len()).deepest()
     }
 
-    /// The guest as it was when the held layer was kept, in its memory or booted from its disk.
+    /// The guest as it was when the held layer was kept, in its memory or booted from its disk. None if its memory can't be
+    /// taken up: then no other can, and the build begins elsewhere.
     pub(super) fn take_up(
         &mut self,
         index: usize,
         memory: Option<&Path>,
         session: &mut Session<'_>,
-    ) -> Result<Guest, Error> {
+    ) -> Result<Option<Guest>, Error> {
         let name = &session.plan.layers[index].name;
         let behind = self.behind().unwrap_or_default();
-        if let Some(memory) = memory {
-            session.create_overlay(Backing::Overlay(&behind), &[])?;
-            let network_up = self.network_up();
-            let detail = format!("taking up the guest after `{name}`");
-            let resumed =
-                session.events.phase("resume", detail, |_| String::new(), || session.resume(memory, network_up));
-            match resumed {
-                Err(error) if !matches!(error.exit, Exit::Signal(_)) => {
-                    session.events.warn(format!("the kept memory after `{name}` can't be taken up: {}", error.message));
-                }
-                resumed => return resumed,
-            }
-        }
         session.create_overlay(Backing::Overlay(&behind), &[])?;
-        super::boot(session)
+        let Some(memory) = memory else { return super::boot(session).map(Some) };
+        let network_up = self.network_up();
+        let detail = format!("taking up the guest after `{name}`");
+        match session.events.phase("resume", detail, |_| String::new(), || session.resume(memory, network_up)) {
+            Err(error) if !matches!(error.exit, Exit::Signal(_)) => {
+                session.events.warn(format!("the kept memory after `{name}` can't be taken up: {}", error.message));
+                self.refused = true;
+                Ok(None)
+            }
+            resumed => resumed.map(Some),
+        }
     }
 
     /// Claims the making of the layer with this index, if it can be kept. Another kiln or build that makes it is waited
@@ -231,14 +232,18 @@ impl<'a> Layers<'a> {
             session.events.warn(why);
         }
         loop {
-            let Some((index, chosen)) = self.found.start(&self.machine) else {
+            let Some((index, chosen)) = self.found.start(self.taken()) else {
                 (self.held, self.lineage, self.kernel_set) = (Vec::new(), Vec::new(), false);
                 return Start::Base;
             };
             let layer = self.found.take(index, chosen);
             match self.store.backing(&layer) {
+                Ok(_) if !self.boots(&layer, session) => {
+                    let name = &self.plan.layers[index].name;
+                    session.events.detail(format!("the disk after `{name}` has no kernel to boot it with"));
+                }
                 Ok(backing) => {
-                    let memory = layer.memory(&self.machine);
+                    let memory = self.taken().and_then(|machine| layer.memory(machine));
                     self.lineage.clone_from(&layer.record().lineage);
                     self.kernel_set = memory.is_some() && layer.record().volatile.starts_with(KERNEL_SETTINGS);
                     self.held = backing;
@@ -251,6 +256,17 @@ impl<'a> Layers<'a> {
                 }
             }
         }
+    }
+
+    /// The key of memory states that can be taken up.
+    fn taken(&self) -> Option<&str> {
+        (!self.refused).then_some(self.machine.as_str())
+    }
+
+    /// Whether a layer can be taken up: in its memory, or by a kernel that is still on its disk.
+    fn boots(&self, layer: &Layer, session: &Session<'_>) -> bool {
+        let has_memory = self.taken().is_some_and(|machine| layer.memory(machine).is_some());
+        has_memory || session.has_kernel(&layer.disk())
     }
 
     /// Says why the build goes back to an earlier layer than the last that is there, where that takes long.
@@ -327,7 +343,8 @@ impl<'a> Layers<'a> {
             Some(kept) => (kept.record().serial, kept.making().cloned()),
             None => (0, None),
         };
-        let is_kept = self.kept(index).any(|kept| !with_memory || kept.memory(&self.machine).is_some());
+        let has_memory = |kept: &Layer| self.taken().is_some_and(|machine| kept.memory(machine).is_some());
+        let is_kept = self.kept(index).any(|kept| !with_memory || has_memory(kept));
         self.lineage.push(match making {
             Some(making) => making,
             None => Making { id: random_id()?, made: now() },

@@ -59,6 +59,7 @@ use record::Recorder;
 use session::Session;
 pub use shell::{ShellRequest, Visitor, shell};
 use steps::Logs;
+use turns::Turn;
 pub use verify::check_disk;
 
 /// Room that a build takes beside the base's own data: the overlay's growth and the logs.
@@ -327,9 +328,8 @@ impl Job<'_> {
             layers::machine_key(session.recipe, session.plan, session.root, session.accelerator, session.host);
         let mut layers = Layers::new(self.store, &session, &self.base.sha256, machine);
         let turn = beside.as_mut().map(|beside| &mut beside.turn);
-        let start = layers.start(fresh_from(&self.request.fresh, session.plan)?, &session, turn)?;
+        let (mut guest, start) = self.begin(&mut session, &mut layers, turn)?;
         let behind = [vec![self.base.disk.clone()], layers.disks()].concat();
-        let mut guest = self.begin(&mut session, &mut layers, &start)?;
         // Not before: a guest that boots has use for all processors, one that runs steps rarely.
         let early = Early::begin(behind, session.plan.disk_size.bytes(), pending);
         session.give_network(&mut guest)?;
@@ -372,16 +372,28 @@ impl Job<'_> {
     }
 
     /// The guest where the build begins: at the base, which is booted and grown, or at a layer.
-    fn begin(&self, session: &mut Session<'_>, layers: &mut Layers<'_>, start: &Start) -> Result<Guest, Error> {
-        if let Start::Layer { index, memory } = start {
-            let mut guest = layers.take_up(*index, memory.as_deref(), session)?;
+    fn begin(
+        &self,
+        session: &mut Session<'_>,
+        layers: &mut Layers<'_>,
+        mut turn: Option<&mut Turn<'_>>,
+    ) -> Result<(Guest, Start), Error> {
+        let limit = fresh_from(&self.request.fresh, session.plan)?;
+        loop {
+            let start = layers.start(limit, session, turn.as_deref_mut())?;
+            let Start::Layer { index, memory } = &start else { return Ok((self.begin_anew(session, layers)?, start)) };
+            let Some(mut guest) = layers.take_up(*index, memory.as_deref(), session)? else { continue };
             let wanted = index.checked_sub(1).and_then(|step| session.recipe.steps[step].checkpoint);
             if memory.is_none() && wanted != Some(false) {
                 session.give_network(&mut guest)?;
                 layers.keep_booted(*index, session, &mut guest)?;
             }
-            return Ok(guest);
+            return Ok((guest, start));
         }
+    }
+
+    /// The guest of the base, which is kept.
+    fn begin_anew(&self, session: &mut Session<'_>, layers: &mut Layers<'_>) -> Result<Guest, Error> {
         let started = Instant::now();
         let mut guest = begin_at_base(session, &self.base.sha256, &self.growth)?;
         // Nothing is worth keeping more than a boot.

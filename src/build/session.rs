@@ -214,6 +214,12 @@ impl Session<'_> {
         Ok(Boot::Direct { kernel, initrd, command_line: command_line(&files.root) })
     }
 
+    /// Whether this disk of a layer can be booted by the way that the plan has chosen.
+    pub(super) fn has_kernel(&self, disk: &Path) -> bool {
+        let files = || disk::boot_files(&Table::read(&Image::overlay(disk)?)?, &Image::overlay(disk)?);
+        !matches!(self.plan.boot, BootPath::Direct) || matches!(files(), Ok(Ok(_)))
+    }
+
     /// For a guest whose kernel runs already. Its QEMU must have one to load all the same, or it would have other devices,
     /// and it loads anything as one of the oldest format: a header of zeros and as many sectors as that announces (`x86_load_linux`
     /// in QEMU's hw/i386/x86-common.c). The disk may have none any more.

@@ -113,13 +113,17 @@ pub fn shell(
     // Held until the end, so that nothing removes what the guest reads.
     let mut layers = Layers::new(store, &session, &base.sha256, machine);
     let index = wanted.or_else(|| layers.deepest());
-    let visit = index.and_then(|index| Some((index, layers.visit(index, &session)?)));
-    let Some((index, start)) = visit else {
-        return Err(not_kept(wanted, &plan, request));
-    };
-    let mut guest = match &start {
-        Start::Layer { index, memory } => layers.take_up(*index, memory.as_deref(), &mut session)?,
-        Start::Base => begin_at_base(&mut session, &base.sha256, &growth)?,
+    let not_kept = || not_kept(wanted, &plan, request);
+    let index = index.ok_or_else(not_kept)?;
+    let (mut guest, start) = loop {
+        let start = layers.visit(index, &session).ok_or_else(not_kept)?;
+        let guest = match &start {
+            Start::Layer { index, memory } => layers.take_up(*index, memory.as_deref(), &mut session)?,
+            Start::Base => Some(begin_at_base(&mut session, &base.sha256, &growth)?),
+        };
+        if let Some(guest) = guest {
+            break (guest, start);
+        }
     };
     session.give_network(&mut guest)?;
     let rest = start.done().saturating_sub(1)..index;

@@ -403,6 +403,9 @@ fn shelf(found: Vec<Read>) -> Shelf {
             Read::Damaged { why, .. } => shelf.damaged = Some(why),
         }
     }
+    // Any will do; the youngest was kept because an earlier one would not.
+    let kept = |layer: &Layer| std::fs::metadata(layer.folder.join(RECORD)).and_then(|record| record.modified()).ok();
+    shelf.layers.sort_by_key(|layer| std::cmp::Reverse(kept(layer)));
     shelf
 }
 
