@@ -1,5 +1,6 @@
 //! Real guests that are taken up again: what they see, and that nobody can tell their disks from those of a cold build.
 
+use std::collections::BTreeSet;
 use std::process::Command;
 
 use super::{Bench, base, run};
@@ -17,22 +18,22 @@ fn recipe(bench: &Bench, suite: &str, last: &str) {
     );
 }
 
-/// The files of a built disk with their kinds, modes, owners and bytes; without what no two builds have alike.
-fn tree(bench: &Bench) -> String {
-    bench.clean_root("warm");
+/// The files of these folders of a built disk with their kinds, modes, owners and bytes; without what no two builds have alike.
+fn tree(bench: &Bench, name: &str, folders: &str) -> BTreeSet<String> {
+    bench.clean_root(name);
     let folder = bench.path("tree");
     std::fs::create_dir(&folder).unwrap();
     let dump = Command::new("/sbin/debugfs")
         .arg("-R")
-        .arg(format!("rdump / {}", folder.display()))
-        .arg(bench.path("warm.ext4"))
+        .arg(format!("rdump {folders} {}", folder.display()))
+        .arg(bench.path(&format!("{name}.ext4")))
         .output();
     assert!(dump.unwrap().status.success());
     let script = "cd \"$0\" && rm -rf lost+found var/log && find . -printf '%y %m %U:%G %p -> %l\\n' | sort \
                   && find . -type f -print0 | sort -z | xargs -0 sha256sum";
     let listing = run(Command::new("sh").arg("-c").arg(script).arg(&folder));
     run(Command::new("rm").arg("-rf").arg(&folder));
-    listing
+    listing.lines().map(str::to_owned).collect()
 }
 
 /// Cold, and taken up after the boot or after the last step but one: the same files.
@@ -41,17 +42,79 @@ fn a_resumed_build_gives_the_same_files() {
     let bench = Bench::new();
     recipe(&bench, "bookworm", "echo done > /srv/a/last");
     bench.ok(&["build", "warm.toml"]);
-    let cold = tree(&bench);
-    assert!(cold.contains("./srv/a/last") && !cold.contains("./srv/a/numbers"), "the tree was read");
-    assert!(cold.lines().count() > 10_000);
-    let cold: std::collections::BTreeSet<_> = cold.lines().map(str::to_owned).collect();
+    let cold = tree(&bench, "warm", "/");
+    let has = |path: &str| cold.iter().any(|line| line.contains(path));
+    assert!(has(" ./srv/a/last") && !has(" ./srv/a/numbers") && cold.len() > 10_000, "the tree was read");
     for from in ["files", "last"] {
         bench.ok(&["build", "warm.toml", &format!("--no-cache={from}")]);
         let log = std::fs::read_to_string(bench.path("out/warm/build.log")).unwrap();
         assert!(log.contains("resume: taking up the guest after"), "{log}");
-        let resumed: std::collections::BTreeSet<_> = tree(&bench).lines().map(str::to_owned).collect();
+        let resumed = tree(&bench, "warm", "/");
         let differ: Vec<_> = resumed.symmetric_difference(&cold).collect();
         assert!(differ.is_empty(), "from {from}: {differ:?}");
+    }
+}
+
+/// Where steps and boots write: reading all of a disk takes longer than building it.
+const CHANGED: &str = "/boot /etc /home /root /srv /tmp /var";
+
+/// What a later step looks at is the same whether the guest went on, was taken up from its memory, or had to boot a
+/// kept disk: what a boot would lose is made again. Each recipe: its name, its steps, and whether the disk before the
+/// last step is enough to go on from.
+const RECIPES: [(&str, &[(&str, &str)], bool); 3] = [
+    (
+        "state",
+        &[
+            ("files", "mkdir /srv/a; echo web >/etc/hostname; hostname web"),
+            (
+                "service",
+                "printf '[Service]\\nExecStart=sleep 1000\\n' >/etc/systemd/system/one.service; systemctl start one
+                 echo 1 >/tmp/one; echo 2 >/run/two; echo 3 >/dev/shm/three; mount -t tmpfs none /mnt; touch /mnt/four",
+            ),
+            (
+                "last",
+                "{ systemctl is-active one; hostname; cat /tmp/one /run/two /dev/shm/three; ls /mnt; pwd; env; } \
+                 >/srv/a/seen",
+            ),
+        ],
+        false,
+    ),
+    (
+        "resolver",
+        &[
+            ("own", "echo 'nameserver 192.0.2.1' >/etc/resolv.conf; echo 'search example.org' >>/etc/resolv.conf"),
+            ("last", "cat /etc/resolv.conf >/srv/seen; ls -a /etc | grep -i resolv >>/srv/seen"),
+        ],
+        true,
+    ),
+    ("kernel", &[("none", "rm /boot/vmlinuz-*"), ("last", "ls /boot >/srv/seen")], false),
+];
+
+#[test]
+fn cold_from_memory_and_from_disks_are_alike() {
+    let bench = Bench::new();
+    for (name, steps, from_disk) in RECIPES {
+        let step = |(name, script): &(&str, &str)| {
+            format!("[[provision]]\nname = \"{name}\"\ninline = '''\n{script}\n'''\ncheckpoint = true\n")
+        };
+        let (recipe, steps) = (format!("{name}.toml"), steps.iter().map(step).collect::<String>());
+        let image = base("bookworm");
+        bench.write(&recipe, format!("name = \"{name}\"\n[base]\nimage = \"{}\"\n{steps}", image.display()));
+        bench.ok(&["build", &recipe]);
+        let cold = tree(&bench, name, CHANGED);
+        let log = || std::fs::read_to_string(bench.path(&format!("out/{name}/build.log"))).unwrap();
+        for memory in [true, false] {
+            if !memory {
+                run(Command::new("sh").arg("-c").arg("rm \"$0\"/*/memory.*").arg(bench.path("cache/layers")));
+            }
+            bench.ok(&["build", &recipe, "--no-cache=last"]);
+            assert_eq!(log().contains("resume: taking up the guest after"), memory, "{}", log());
+            let alone = log().contains("step 1/") || log().contains("step 2/3");
+            assert_eq!(alone, !memory && !from_disk, "whether earlier steps ran: {}", log());
+            let warm = tree(&bench, name, CHANGED);
+            let differ: Vec<_> = warm.symmetric_difference(&cold).collect();
+            assert!(differ.is_empty(), "{name}, from memory: {memory}: {differ:?}");
+        }
     }
 }
 
