@@ -5,6 +5,7 @@
 //! whose steps since then take less time than a boot, or by booting its disk. A disk is booted only if the guest had
 //! nothing outside it that a boot would not bring back.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -98,6 +99,8 @@ pub(super) struct Layers<'a> {
     lineage: Vec<Making>,
     /// Whether a step since the last boot may have changed settings of the kernel.
     kernel_set: bool,
+    /// The warnings that were given.
+    told: BTreeSet<String>,
     /// Whether QEMU has refused a memory that should have been this machine's.
     refused: bool,
     /// Whether the store takes no more layers.
@@ -123,6 +126,7 @@ impl<'a> Layers<'a> {
             placed: Vec::new(),
             lineage: Vec::new(),
             kernel_set: false,
+            told: BTreeSet::new(),
             refused: false,
             full: false,
             claim: None,
@@ -229,7 +233,9 @@ impl<'a> Layers<'a> {
     fn look(&mut self, limit: usize, session: &Session<'_>) -> Start {
         self.found = found(self.store, self.plan, limit);
         for why in self.found.damage() {
-            session.events.warn(why);
+            if self.told.insert(why.clone()) {
+                session.events.warn(why);
+            }
         }
         loop {
             let Some((index, chosen)) = self.found.start(self.taken()) else {
@@ -273,7 +279,10 @@ impl<'a> Layers<'a> {
     fn tell(&self, start: &Start, session: &Session<'_>) {
         let Some(deepest) = self.found.deepest() else { return };
         let Some(layer) = self.found.layers(deepest).next() else { return };
-        if start.done() > deepest || self.found.seconds(start.done(), deepest) < WORTH.as_secs_f64() {
+        if start.done() > deepest
+            || layer.record().volatile.is_empty()
+            || self.found.seconds(start.done(), deepest) < WORTH.as_secs_f64()
+        {
             return;
         }
         let (name, volatile) = (&self.plan.layers[deepest].name, &layer.record().volatile);
