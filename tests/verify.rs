@@ -399,6 +399,7 @@ fn a_manifest_follows_the_recipe_where_the_disk_does_not() {
         let cold = bench.kiln(["-q", "build", "web.toml", "--accel", "tcg", "--out", "cold"]).args(arguments);
         cold.run().succeeded();
         let cold: Value = serde_json::from_str(&bench.read("cold/web/manifest.json")).unwrap();
+        std::fs::remove_dir_all(bench.path("cold")).unwrap();
         assert_eq!(
             (&after["inputs"], &after["steps"][0]["name"]),
             (&cold["inputs"], &cold["steps"][0]["name"]),
@@ -413,6 +414,7 @@ fn a_manifest_follows_the_recipe_where_the_disk_does_not() {
         assert_eq!(after, before, "{new}: what only the build that made the disk knows");
         assert_eq!(bench.read(&format!("out/web/{}", after["steps"][0]["log"].as_str().unwrap())), "hello\n");
     }
+    bench.forget();
     std::fs::remove_file(bench.path("out/web/steps/01-hello.log")).unwrap();
     build(&bench).args(["--set", "machine.timeout=5m"]).run().succeeded();
     assert_eq!((&manifest(&bench)["steps"][0]["log"], bench.qemus().len()), (&json!(""), 0), "the log is gone");
