@@ -5,7 +5,7 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use kiln::disk::{self, Digest, Image, Work};
+use kiln::disk::{self, BlockMap, Digest, Image, Work};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
@@ -73,6 +73,9 @@ fn a_sum_that_is_asked_for_later_needs_no_guest() {
     let sum = json!(disk::sha256(&image, &Work::quiet(1)).unwrap());
     assert_eq!(after["sha256"], sum);
     after.as_object_mut().unwrap().remove("sha256");
+    // The recipe's text is another, and so is the digest of the manifest itself.
+    after["inputs"]["recipe_sha256"] = before["inputs"]["recipe_sha256"].clone();
+    after["manifest_sha256"] = before["manifest_sha256"].clone();
     assert_eq!(after, before, "nothing else changed");
     assert_eq!((bench.qemus().len(), disk()), (qemus, untouched));
     bench.assert_tidy(&["web"]);
@@ -80,8 +83,10 @@ fn a_sum_that_is_asked_for_later_needs_no_guest() {
     assert_eq!(phases(&bench, &["--sha256"]), [""; 0], "it is there");
     assert_eq!(phases(&bench, &["--set", "disk.sha256=false"]), [""; 0]);
     assert!(manifest(&bench)["sha256"].is_string(), "it stays");
-    // Somebody wrote another one: as long as the disk is not looked at, it is believed.
-    bench.manifest(|manifest| manifest["sha256"] = json!("0".repeat(64)));
+    // A wrong one is believed as long as the disk is not read.
+    bench.signed_manifest(|manifest| manifest["sha256"] = json!("0".repeat(64)));
+    assert_eq!(phases(&bench, &[]), [""; 0]);
+    assert_eq!(manifest(&bench)["sha256"], "0".repeat(64));
     assert_eq!(phases(&bench, &["--verify"]), ["verify", "verify", "verify", "sha256"]);
     assert_eq!(manifest(&bench)["sha256"], sum);
 }
@@ -287,4 +292,131 @@ fn after_the_host_was_started_again_the_output_is_compared() {
     assert_eq!((said.code, bench.qemus().len()), (Some(0), qemus + 1));
     assert_eq!(manifest(&bench)["digest"], digest);
     assert_eq!(phases(&bench, &[]), [""; 0]);
+}
+
+/// Builds with this scenario although there is an output already, because of a damage: with this warning, and then there
+/// is nothing to do.
+#[track_caller]
+fn assert_built_again(bench: &Bench, why: &str) {
+    let qemus = bench.qemus().len();
+    let ran = build(bench).run();
+    assert_eq!(ran.stderr, format!("warning: `out/web` is not what was built and is built again: {why}\n"));
+    assert_eq!(ran.succeeded(), "out/web\n");
+    assert_eq!(bench.qemus().len(), qemus + 1, "{why}");
+    assert_nothing_to_do(bench);
+    bench.assert_tidy(&["web"]);
+}
+
+#[track_caller]
+fn assert_nothing_to_do(bench: &Bench) {
+    let qemus = bench.qemus().len();
+    let ran = build(bench).run();
+    assert_eq!((ran.stderr.as_str(), ran.stdout.as_str(), ran.code), ("", "out/web\n", Some(0)));
+    assert_eq!(bench.qemus().len(), qemus);
+}
+
+/// Publishing needs it, and so does a later publish by `--parent-blocks`.
+#[test]
+fn an_output_without_its_block_map_is_built_again() {
+    let bench = bench();
+    build(&bench).run().succeeded();
+    let (blocks, path) = (bench.read("out/web/blocks"), bench.path("out/web/blocks"));
+    std::fs::remove_file(&path).unwrap();
+    assert_built_again(&bench, "failed to read or write a block map: No such file or directory (os error 2)");
+    assert_eq!(bench.read("out/web/blocks"), blocks);
+
+    let mut other = Vec::new();
+    BlockMap::hole(1 << 30).write_to(&mut other).unwrap();
+    std::fs::write(&path, other).unwrap();
+    assert_built_again(&bench, "its block map is another disk's");
+    assert_eq!(bench.read("out/web/blocks"), blocks);
+
+    // A hole that became a block of zeros changes no digest.
+    let holes = (0_usize..).zip(blocks.lines().skip(1)).find(|(index, line)| !line.starts_with(&format!("{index} ")));
+    let (hole, next) = holes.unwrap();
+    bench.write("out/web/blocks", blocks.replace(next, &format!("{hole} {}\n{next}", Digest::of_zeros())));
+    let digest = BlockMap::open(&path).unwrap().digest();
+    assert_eq!(manifest(&bench)["digest"], digest.to_string());
+    assert_built_again(&bench, "its block map is another disk's");
+    assert_eq!(bench.read("out/web/blocks"), blocks);
+}
+
+#[test]
+fn an_output_with_an_edited_manifest_is_built_again() {
+    let bench = bench();
+    build(&bench).run().succeeded();
+    let facts = || {
+        let mut manifest = manifest(&bench);
+        for key in ["manifest_sha256", "phases", "steps", "lineage"] {
+            assert!(manifest.as_object_mut().unwrap().remove(key).is_some(), "{key}");
+        }
+        manifest
+    };
+    let built = facts();
+    let edits: [&dyn Fn(&mut Value); 4] = [
+        &|manifest| manifest["boot_modes"] = json!(["uefi"]),
+        &|manifest| manifest["packages"] = json!(["nginx 1.0 amd64"]),
+        &|manifest| manifest["data_bytes"] = json!(0),
+        &|manifest| manifest["unknown"] = json!(1),
+    ];
+    for edit in edits {
+        bench.manifest(edit);
+        assert_built_again(&bench, "its manifest was edited");
+        assert_eq!(facts(), built);
+    }
+    bench.manifest(|manifest| drop(manifest.as_object_mut().unwrap().remove("manifest_sha256")));
+    assert_built_again(&bench, "its manifest has no digest of its own");
+    // Other spaces and another order of fields are no other manifest.
+    bench.manifest(|_| {});
+    assert_nothing_to_do(&bench);
+}
+
+/// What is in no key: the disk stays, and its manifest says what a build from nothing would say.
+#[test]
+fn a_manifest_follows_the_recipe_where_the_disk_does_not() {
+    let bench = bench();
+    bench.build(&json!({ "step hello": [["print", "hello\n"]] })).run().succeeded();
+    std::fs::copy(bench.path("base.raw"), bench.path("other.raw")).unwrap();
+    let disk = || bench.path("out/web/disk.raw").metadata().unwrap().ino();
+    let untouched = disk();
+    let text = bench.read("web.toml");
+    let changes: [(&str, &str, &[&str]); 4] = [
+        ("name = \"web\"", "# A comment.\nname = \"web\"", &[]),
+        ("base.raw", "other.raw", &[]),
+        ("name = \"hello\"", "name = \"greet\"", &[]),
+        ("name = \"web\"", "name = \"web\"", &["--set", "machine.timeout=5m"]),
+    ];
+    for (old, new, arguments) in changes {
+        let before = manifest(&bench);
+        bench.forget();
+        bench.write("web.toml", text.replacen(old, new, 1));
+        let ran = build(&bench).args(arguments).run();
+        assert_eq!((ran.stderr.as_str(), ran.stdout.as_str(), ran.code), ("", "out/web\n", Some(0)));
+        assert_eq!((bench.qemus().len(), disk()), (0, untouched), "{new}");
+        let after = manifest(&bench);
+        assert_ne!(after["manifest_sha256"], before["manifest_sha256"], "{new}");
+
+        let cold = bench.kiln(["-q", "build", "web.toml", "--accel", "tcg", "--out", "cold"]).args(arguments);
+        cold.run().succeeded();
+        let cold: Value = serde_json::from_str(&bench.read("cold/web/manifest.json")).unwrap();
+        std::fs::remove_dir_all(bench.path("cold")).unwrap();
+        assert_eq!(
+            (&after["inputs"], &after["steps"][0]["name"]),
+            (&cold["inputs"], &cold["steps"][0]["name"]),
+            "{new}"
+        );
+        let (mut after, mut before) = (after, before);
+        for manifest in [&mut after, &mut before] {
+            let manifest = manifest.as_object_mut().unwrap();
+            manifest.retain(|key, _| !["manifest_sha256", "inputs"].contains(&key.as_str()));
+            manifest["steps"][0].as_object_mut().unwrap().remove("name");
+        }
+        assert_eq!(after, before, "{new}: what only the build that made the disk knows");
+        assert_eq!(bench.read(&format!("out/web/{}", after["steps"][0]["log"].as_str().unwrap())), "hello\n");
+    }
+    bench.forget();
+    std::fs::remove_file(bench.path("out/web/steps/01-hello.log")).unwrap();
+    build(&bench).args(["--set", "machine.timeout=5m"]).run().succeeded();
+    assert_eq!((&manifest(&bench)["steps"][0]["log"], bench.qemus().len()), (&json!(""), 0), "the log is gone");
+    bench.assert_tidy(&["web"]);
 }

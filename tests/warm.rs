@@ -455,6 +455,6 @@ fn nothing_to_do_needs_no_accelerator() {
     let said = any().args(["--accel", "kvm"]).run().failed(4);
     assert!(said.starts_with("error: --accel kvm: "), "{said}");
     let change = |manifest: &mut Value| manifest["guest"]["vendor"] = json!("GenuineIntel");
-    bench.manifest(change);
+    bench.signed_manifest(change);
     assert_eq!(built(&bench, any()), ["wake"], "the output of another accelerator is made anew");
 }

@@ -1,10 +1,11 @@
 //! A build that has nothing to do, because its output is there.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use super::found::counts;
-use super::manifest::{DISK, Manifest, PublishFacts, TestFacts};
-use super::{Artifact, Fresh, Inputs, Request, acceleration, from_home, guest_code, make_plan, verify};
+use super::manifest::{self, DISK, Manifest, PublishFacts, StepFacts, TestFacts};
+use super::{Artifact, Fresh, Inputs, Request, acceleration, from_home, guest_code, make_plan, output, verify};
 use crate::cancel::Cancel;
 use crate::error::Error;
 use crate::event::Events;
@@ -29,7 +30,7 @@ pub(super) fn finished(
         return Ok(None);
     }
     let folder = request.out.join(&recipe.name);
-    let Ok(manifest) = Manifest::read(&folder) else { return Ok(None) };
+    let Ok((manifest, edited)) = Manifest::read_verified(&folder) else { return Ok(None) };
     let Some(base) = store.imported(&from_home(path), recipe.base.digest.as_ref(), cancel)? else { return Ok(None) };
     // A probe would start QEMU. Where the user leaves the choice, what made the output is as good as any.
     let acceleration = match request.accelerator {
@@ -45,15 +46,58 @@ pub(super) fn finished(
     if !same {
         return Ok(None);
     }
-    let artifact = Artifact { folder, manifest };
-    let artifact = verify::look_over(artifact, recipe, request, store, events, cancel)?;
+    let damage = match edited {
+        Some(why) => Some(why.to_owned()),
+        None => verify::output_damage(&folder, &manifest, request, store, events, cancel)?,
+    };
+    if let Some(why) = damage {
+        events.warn(format!("`{}` is not what was built and is built again: {why}", folder.display()));
+        return Ok(None);
+    }
+    let inputs = manifest::Inputs::of(recipe, path, &base, &request.set);
+    let artifact = up_to_date(Artifact { folder, manifest }, recipe, &inputs, request, events, cancel)?;
     if let Some(artifact) = &artifact {
         events.note(format!("nothing changed since `{}` was built", artifact.folder.display()));
     }
     Ok(artifact)
 }
 
-/// What an output folder depends on. Sums of its disk are not among it: they are added to a folder that lacks them.
+/// The artifact once its manifest says what this build would say, and has the disk's sum if that is asked for; `None` if
+/// the folder was replaced or changed meanwhile.
+fn up_to_date(
+    artifact: Artifact,
+    recipe: &Recipe,
+    inputs: &manifest::Inputs,
+    request: &Request,
+    events: &Events,
+    cancel: &Cancel,
+) -> Result<Option<Artifact>, Error> {
+    let Artifact { folder, manifest } = &artifact;
+    let needs_sum = verify::wants_sum(recipe, request) && (manifest.sha256.is_none() || request.verify);
+    if !needs_sum && (inputs, &steps(manifest, folder, recipe)) == (&manifest.inputs, &manifest.steps) {
+        return Ok(Some(artifact));
+    }
+    let shown = folder.clone();
+    output::amend(artifact, &request.out, |folder, manifest| {
+        let steps = steps(&manifest, folder, recipe);
+        let manifest = Manifest { inputs: inputs.clone(), steps, ..manifest };
+        if needs_sum { verify::with_sum(manifest, folder, &shown, events, cancel) } else { Ok(Some(manifest)) }
+    })
+}
+
+/// The steps of a manifest with the names that the recipe has now, which are in no key. A log keeps the name of its file,
+/// and is left out if that is gone.
+fn steps(manifest: &Manifest, folder: &Path, recipe: &Recipe) -> Vec<StepFacts> {
+    let steps = manifest.steps.iter().cloned().zip(&recipe.steps);
+    let renamed = |(facts, step): (StepFacts, &recipe::Step)| {
+        let log = Some(facts.log).filter(|log| folder.join(log).is_file()).unwrap_or_default();
+        StepFacts { name: step.name.clone(), log, ..facts }
+    };
+    steps.map(renamed).collect()
+}
+
+/// What an output folder depends on. What a manifest says besides must be known to [`up_to_date`], or be of the build that
+/// made the disk. Sums of the disk are not among it: they are added to a folder that lacks them.
 pub(super) fn artifact_key(recipe: &Recipe, plan: &Plan, publish: &PublishFacts) -> String {
     let part = |name: &str, value: String| (name.to_owned(), value);
     let keep: Vec<_> = recipe.seal.keep.iter().map(|keep| keep.as_str()).collect();

@@ -4,12 +4,15 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 
 use super::uefi_data;
 use crate::error::{Error, Exit};
 use crate::plan::Acceleration;
 use crate::recipe::{DiskFormat, Ebs, Encryption, Recipe, Tpm, Via, Volume};
-use crate::store::Making;
+use crate::store::{Imported, Making};
+use crate::units::hex;
 use crate::vm::spec::Processor;
 
 /// The version of this format. A change that breaks readers raises it.
@@ -20,6 +23,9 @@ pub const FILE: &str = "manifest.json";
 pub const DISK: &str = "disk.raw";
 /// The name of its block map there.
 pub const BLOCKS: &str = "blocks";
+/// The field of the file that has the manifest's own digest. It is not a field of [`Manifest`], so that no value in
+/// memory has the digest of another one.
+const OWN_DIGEST: &str = "manifest_sha256";
 
 /// See the module.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -73,7 +79,7 @@ pub struct Manifest {
 }
 
 /// Digests of everything that went in.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inputs {
     /// The base image as the recipe names it.
     pub base: String,
@@ -108,7 +114,7 @@ pub struct GuestFacts {
 }
 
 /// One step.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StepFacts {
     /// Its name.
     pub name: String,
@@ -293,6 +299,19 @@ impl PublishFacts {
     }
 }
 
+impl Inputs {
+    /// Of a build of `recipe` from the image file `image`, which was imported as `base`, with this `--set`.
+    pub(super) fn of(recipe: &Recipe, image: &Path, base: &Imported, set: &[String]) -> Self {
+        Self {
+            base: image.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            base_sha256: base.sha256.clone(),
+            base_format: base.format.clone(),
+            recipe_sha256: hex(&Sha256::digest(recipe.text.as_bytes())),
+            set: set.to_vec(),
+        }
+    }
+}
+
 impl TestFacts {
     /// The tests of `recipe`.
     #[must_use]
@@ -306,34 +325,140 @@ impl TestFacts {
     }
 }
 
+/// A manifest as the file has it.
+#[derive(Serialize)]
+struct Written<'a> {
+    #[serde(flatten)]
+    manifest: &'a Manifest,
+    manifest_sha256: String,
+}
+
 impl Manifest {
-    /// Reads the manifest of the output folder `folder`.
+    /// Reads the manifest of the output folder `folder`, as kiln wrote it or as it was edited since.
     ///
     /// # Errors
     /// When there is none, or one of another version.
     pub fn read(folder: &Path) -> Result<Self, Error> {
-        let path = folder.join(FILE);
-        let text = std::fs::read(&path).map_err(|error| {
-            let message = format!("`{}` is not an output folder of kiln build: {FILE}: {error}", folder.display());
-            Error::new(Exit::Input, message).help("give the folder that `kiln build` printed, for example out/NAME")
-        })?;
-        let wrong = |why: String| Error::new(Exit::Input, format!("cannot use `{}`: {why}", path.display()));
-        let value: serde_json::Value = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
-        if value["schema"] != SCHEMA {
-            return Err(wrong(format!("it has version {} and this kiln reads {SCHEMA}", value["schema"]))
-                .help("build the image again with this kiln"));
-        }
-        serde_json::from_value(value).map_err(|error| wrong(error.to_string()))
+        Self::parse(folder, read_value(folder)?)
     }
 
-    /// Writes it into `folder`.
+    /// As [`read`](Self::read), with the reason why it can't be taken for what [`write`](Self::write) wrote; `None` if it
+    /// can.
+    pub(super) fn read_verified(folder: &Path) -> Result<(Self, Option<&'static str>), Error> {
+        let value = read_value(folder)?;
+        let why = match &value[OWN_DIGEST] {
+            Value::Null => Some("its manifest has no digest of its own"),
+            own => (*own != own_digest(value.clone())).then_some("its manifest was edited"),
+        };
+        Ok((Self::parse(folder, value)?, why))
+    }
+
+    fn parse(folder: &Path, value: Value) -> Result<Self, Error> {
+        serde_json::from_value(value).map_err(|error| unusable(folder, &error.to_string()))
+    }
+
+    /// Writes it into `folder`, with its own digest.
     ///
     /// # Errors
     /// When it can't be written.
     pub fn write(&self, folder: &Path) -> Result<(), Error> {
-        let mut text = serde_json::to_string_pretty(self)
-            .map_err(|error| Error::new(Exit::Bug, format!("cannot write the manifest: {error}")))?;
+        let bug = |error: serde_json::Error| Error::new(Exit::Bug, format!("cannot write the manifest: {error}"));
+        // The digest is that of the text as it is read: serde_json may parse a float as its neighbour.
+        let value = serde_json::to_string(self).and_then(|text| serde_json::from_str(&text)).map_err(bug)?;
+        let written = Written { manifest: self, manifest_sha256: own_digest(value) };
+        let mut text = serde_json::to_string_pretty(&written).map_err(bug)?;
         text.push('\n');
         fs_err::write(folder.join(FILE), text).map_err(|error| Error::io("cannot write the manifest", &error))
+    }
+}
+
+/// The JSON in the manifest of `folder`, which has this version.
+fn read_value(folder: &Path) -> Result<Value, Error> {
+    let text = std::fs::read(folder.join(FILE)).map_err(|error| {
+        let message = format!("`{}` is not an output folder of kiln build: {FILE}: {error}", folder.display());
+        Error::new(Exit::Input, message).help("give the folder that `kiln build` printed, for example out/NAME")
+    })?;
+    let value: Value = serde_json::from_slice(&text).map_err(|error| unusable(folder, &error.to_string()))?;
+    if value["schema"] != SCHEMA {
+        return Err(unusable(folder, &format!("it has version {} and this kiln reads {SCHEMA}", value["schema"]))
+            .help("build the image again with this kiln"));
+    }
+    Ok(value)
+}
+
+fn unusable(folder: &Path, why: &str) -> Error {
+    Error::new(Exit::Input, format!("cannot use `{}`: {why}", folder.join(FILE).display()))
+}
+
+/// SHA-256 over the compact JSON of a manifest without this digest, with the fields of each object in alphabetical
+/// order: spaces and the order of fields don't change it.
+fn own_digest(mut value: Value) -> String {
+    if let Some(fields) = value.as_object_mut() {
+        fields.remove(OWN_DIGEST);
+    }
+    hex(&Sha256::digest(value.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    impl Manifest {
+        /// One of a disk that takes one step.
+        pub(in crate::build) fn sample() -> Self {
+            let hex = "0".repeat(64);
+            let sample = serde_json::json!({
+                "schema": SCHEMA, "artifact": hex, "name": "web", "description": "", "arch": "x86_64",
+                "digest": hex, "size": 1 << 30, "data_bytes": 0, "block_size": 1 << 19, "boot_modes": [],
+                "partitions": null,
+                "inputs": { "base": "base.raw", "base_sha256": hex, "base_format": "raw", "recipe_sha256": hex },
+                "tools": {},
+                "guest": { "accelerator": "tcg", "boot": "direct", "cpus": 2, "memory": 1 << 30, "network": "none" },
+                "steps": [{ "name": "one", "sha256": hex, "seconds": 1.0, "cached": false, "log": "steps/01-one.log" }],
+                "phases": [], "packages": [], "tests": [],
+                "publish": { "regions": [], "imds": "v2.0", "tags": {} },
+            });
+            serde_json::from_value(sample).unwrap()
+        }
+    }
+
+    fn why(folder: &Path) -> Option<&'static str> {
+        Manifest::read_verified(folder).unwrap().1
+    }
+
+    proptest! {
+        /// Not every float is parsed as the one that was printed.
+        #[test]
+        fn a_manifest_is_read_as_it_was_written(seconds in 0_f64..1e9) {
+            let folder = tempfile::tempdir().unwrap();
+            let mut manifest = Manifest::sample();
+            manifest.steps[0].seconds = seconds;
+            for _ in 0..3 {
+                manifest.write(folder.path()).unwrap();
+                let (read, why) = Manifest::read_verified(folder.path()).unwrap();
+                prop_assert_eq!(why, None);
+                manifest = read;
+            }
+        }
+    }
+
+    #[test]
+    fn an_edited_manifest_shows() {
+        let folder = tempfile::tempdir().unwrap();
+        Manifest::sample().write(folder.path()).unwrap();
+        let text = std::fs::read_to_string(folder.path().join(FILE)).unwrap();
+        let last = text.lines().rev().nth(1).unwrap();
+        assert!(text.starts_with("{\n  \"schema\": 1,\n") && last.starts_with("  \"manifest_sha256\": \""), "{text}");
+        let write = |text: String| std::fs::write(folder.path().join(FILE), text).unwrap();
+        write(text.replace('\n', "\n "));
+        assert_eq!(why(folder.path()), None, "only spaces");
+        write(text.replace("\"cpus\": 2", "\"cpus\": 3"));
+        assert_eq!(why(folder.path()), Some("its manifest was edited"));
+        write(text.replacen("{\n", "{\n  \"unknown\": 1,\n", 1));
+        assert_eq!(why(folder.path()), Some("its manifest was edited"));
+        write(text.replace(",\n  \"manifest_sha256\"", ",\n  \"renamed\""));
+        assert_eq!(why(folder.path()), Some("its manifest has no digest of its own"));
+        assert!(Manifest::read(folder.path()).is_ok());
     }
 }

@@ -27,8 +27,6 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use sha2::{Digest as _, Sha256};
-
 use crate::cancel::Cancel;
 use crate::disk::{BLOCK, Backing, Image};
 use crate::error::{Error, Exit};
@@ -36,7 +34,7 @@ use crate::event::{Event, Events};
 use crate::plan::{BootPath, Plan};
 use crate::recipe::{self, Recipe};
 use crate::store::{self, Imported, Store};
-use crate::units::{MIB, Size, hex};
+use crate::units::{MIB, Size};
 use crate::vm;
 use crate::vm::accelerator::{self, Kvm, Wanted};
 use crate::vm::guest::{Guest, Rest};
@@ -454,13 +452,7 @@ impl Job<'_> {
             block_size: BLOCK,
             boot_modes,
             partitions: serde_json::to_value(&export.table).map_err(bug)?,
-            inputs: manifest::Inputs {
-                base: base.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-                base_sha256: self.base.sha256.clone(),
-                base_format: self.base.format.clone(),
-                recipe_sha256: hex(&Sha256::digest(recipe.text.as_bytes())),
-                set: self.request.set.clone(),
-            },
+            inputs: manifest::Inputs::of(recipe, base, self.base, &self.request.set),
             tools: BTreeMap::from([
                 ("kiln".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
                 ("qemu".to_owned(), session.host.qemu_version.clone()),

@@ -2,10 +2,12 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
+use super::Artifact;
 use super::manifest::{self, Manifest};
 use crate::disk;
 use crate::error::{Error, Exit};
@@ -95,8 +97,31 @@ impl Pending {
     }
 }
 
+/// Changes the manifest of an output folder of `parent`. `change` gets the folder and its manifest, and returns `None` if
+/// the folder is no longer what it was.
+///
+/// All of it goes through a handle of the folder: if a concurrent build puts a new folder in its place, the manifest of
+/// that one stays as it is. Then the result is `None`.
+pub(super) fn amend(
+    artifact: Artifact,
+    parent: &Path,
+    change: impl FnOnce(&Path, Manifest) -> Result<Option<Manifest>, Error>,
+) -> Result<Option<Artifact>, Error> {
+    let Artifact { folder, manifest: seen } = artifact;
+    let handle =
+        File::open(&folder).map_err(|error| Error::io(format!("cannot read `{}`", folder.display()), &error))?;
+    let here = PathBuf::from(format!("/proc/self/fd/{}", handle.as_raw_fd()));
+    let (manifest, edited) = Manifest::read_verified(&here)?;
+    if edited.is_some() || (&manifest.artifact, &manifest.digest) != (&seen.artifact, &seen.digest) {
+        return Ok(None);
+    }
+    let Some(manifest) = change(&here, manifest)? else { return Ok(None) };
+    rewrite_manifest(parent, &here, &manifest)?;
+    Ok(store::same_file(&folder, &handle).then_some(Artifact { folder, manifest }))
+}
+
 /// Writes the manifest of an output folder of `parent` anew: at no moment is there none, or half of one.
-pub(super) fn rewrite_manifest(parent: &Path, folder: &Path, manifest: &Manifest) -> Result<(), Error> {
+fn rewrite_manifest(parent: &Path, folder: &Path, manifest: &Manifest) -> Result<(), Error> {
     let fail = |error: io::Error| Error::io("cannot write the manifest", &error);
     let prefix = format!(".{}.kiln-", manifest.name);
     store::sweep(parent, &prefix);
@@ -187,5 +212,53 @@ mod tests {
         assert!(parent.path().join("web").is_dir());
         Pending::begin(parent.path(), "web").unwrap().commit().unwrap();
         assert!(!failed.exists());
+    }
+
+    /// An output `web` in `parent` that is known to `amend`.
+    fn output(parent: &Path) -> Artifact {
+        let (folder, manifest) = (parent.join("web"), Manifest::sample());
+        std::fs::create_dir(&folder).unwrap();
+        manifest.write(&folder).unwrap();
+        Artifact { folder, manifest }
+    }
+
+    fn described(manifest: Manifest) -> Manifest {
+        Manifest { description: "new".to_owned(), ..manifest }
+    }
+
+    #[test]
+    fn only_the_manifest_that_was_seen_is_changed() {
+        let parent = tempfile::tempdir().unwrap();
+        let artifact = output(parent.path());
+        let folder = artifact.folder.clone();
+        let text = || std::fs::read_to_string(folder.join(manifest::FILE)).unwrap();
+        let before = text();
+        let amended = |artifact: &Artifact| {
+            amend(artifact.clone(), parent.path(), |_, manifest| Ok(Some(described(manifest)))).unwrap()
+        };
+        // A concurrent build has replaced the output since.
+        let digest = "1".repeat(64);
+        let other = Artifact { manifest: Manifest { digest, ..Manifest::sample() }, ..artifact.clone() };
+        assert!(amended(&other).is_none() && text() == before);
+        std::fs::write(folder.join(manifest::FILE), before.replace("tcg", "kvm")).unwrap();
+        assert!(amended(&artifact).is_none(), "it was edited since");
+        std::fs::write(folder.join(manifest::FILE), before).unwrap();
+        assert_eq!(amended(&artifact).unwrap().manifest.description, "new");
+        assert_eq!(Manifest::read_verified(&folder).unwrap().0.description, "new");
+    }
+
+    #[test]
+    fn a_folder_that_takes_the_place_meanwhile_keeps_its_manifest() {
+        let parent = tempfile::tempdir().unwrap();
+        let artifact = output(parent.path());
+        let old = parent.path().join("old");
+        let amended = amend(artifact.clone(), parent.path(), |_, manifest| {
+            std::fs::rename(&artifact.folder, &old).unwrap();
+            output(parent.path());
+            Ok(Some(described(manifest)))
+        });
+        assert!(amended.unwrap().is_none());
+        let description = |folder: &Path| Manifest::read(folder).unwrap().description;
+        assert_eq!((description(&artifact.folder), description(&old)), (String::new(), "new".to_owned()));
     }
 }

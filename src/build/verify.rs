@@ -1,14 +1,13 @@
 //! Sums on request: `--sha256`, and `--verify`, which reads again what is otherwise known by its size and times.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use super::manifest::{BLOCKS, DISK, Manifest};
-use super::{Artifact, Request, at_base, disk_failure, from_home, output};
+use super::{Request, at_base, disk_failure, from_home};
 use crate::cancel::Cancel;
-use crate::disk::{self, Image};
+use crate::disk::{self, BlockMap, Image};
 use crate::error::{Error, Exit};
 use crate::event::Events;
 use crate::recipe::{self, Recipe};
@@ -34,27 +33,36 @@ pub(super) fn sum(image: &Image, events: &Events, cancel: &Cancel) -> Result<Str
     })
 }
 
-/// An output that is there already, once it is verified and has its sum, as far as that is asked for; none if it must
-/// be built again.
-pub(super) fn look_over(
-    artifact: Artifact,
-    recipe: &Recipe,
+/// Why an output folder is not what was built; `None` if it is. The disk is read only if it is not known to be
+/// unchanged, or if the user asks for that.
+pub(super) fn output_damage(
+    folder: &Path,
+    manifest: &Manifest,
     request: &Request,
     store: &Store,
     events: &Events,
     cancel: &Cancel,
-) -> Result<Option<Artifact>, Error> {
-    let Artifact { folder, manifest } = &artifact;
-    if (request.verify || !store.knows_disk(&folder.join(DISK), &manifest.digest))
-        && let Some(why) = damage(folder, manifest, Some(store), events, cancel)?
-    {
-        events.warn(format!("`{}` is not what was built and is built again: {why}", folder.display()));
+) -> Result<Option<String>, Error> {
+    if let Some(why) = map_damage(folder, manifest) {
+        return Ok(Some(why));
+    }
+    if !request.verify && store.knows_disk(&folder.join(DISK), &manifest.digest) {
         return Ok(None);
     }
-    if wants_sum(recipe, request) && (manifest.sha256.is_none() || request.verify) {
-        return add_sum(artifact, request, events, cancel);
-    }
-    Ok(Some(artifact))
+    damage(folder, manifest, Some(store), events, cancel)
+}
+
+/// How the block map in an output folder differs from what the manifest says; `None` if it doesn't. Later commands read
+/// it: a publish, and a publish of a later disk by `--parent-blocks`.
+fn map_damage(folder: &Path, manifest: &Manifest) -> Option<String> {
+    let map = match BlockMap::open(&folder.join(BLOCKS)) {
+        Ok(map) => map,
+        Err(error) => return Some(disk_failure(error).message),
+    };
+    let same = map.digest().to_string() == manifest.digest
+        // A hole and a block of written zeros have the same digest.
+        && (map.size(), map.data_bytes()) == (manifest.size, manifest.data_bytes);
+    (!same).then(|| "its block map is another disk's".to_owned())
 }
 
 /// Compares the disk of an output folder with its block map, unless this host has built it since it was last started and
@@ -111,29 +119,25 @@ fn damage(
     Ok(damage)
 }
 
-/// Computes the sum of the disk that is there and adds it to its manifest.
-///
-/// All of it goes through a handle of the folder: if another kiln puts a new one in its place meanwhile, that gets no
-/// sum of another disk.
-fn add_sum(artifact: Artifact, request: &Request, events: &Events, cancel: &Cancel) -> Result<Option<Artifact>, Error> {
-    let Artifact { folder, manifest: seen } = artifact;
-    let failed = |error: std::io::Error| Error::io(format!("cannot read `{}`", folder.display()), &error);
-    let handle = File::open(&folder).map_err(failed)?;
-    let here = PathBuf::from(format!("/proc/self/fd/{}", handle.as_raw_fd()));
-    let manifest = Manifest::read(&here)?;
-    let disk = Arc::new(File::open(here.join(DISK)).map_err(failed)?);
+/// The manifest with the sum of the disk, which is in `folder` and shown as in `shown`; `None` if the disk changed
+/// meanwhile.
+pub(super) fn with_sum(
+    manifest: Manifest,
+    folder: &Path,
+    shown: &Path,
+    events: &Events,
+    cancel: &Cancel,
+) -> Result<Option<Manifest>, Error> {
+    let failed = |error: std::io::Error| Error::io(format!("cannot read `{}`", shown.display()), &error);
+    let disk = Arc::new(File::open(folder.join(DISK)).map_err(failed)?);
     let before = Identity::of(&disk).map_err(failed)?;
-    let image = Image::new(Arc::<File>::clone(&disk), &folder.join(DISK)).map_err(disk_failure)?;
+    let image = Image::new(Arc::<File>::clone(&disk), &shown.join(DISK)).map_err(disk_failure)?;
     let sha256 = sum(&image, events, cancel)?;
-    if manifest.digest != seen.digest || Identity::of(&disk).map_err(failed)? != before {
+    if Identity::of(&disk).map_err(failed)? != before {
         return Ok(None);
     }
     if manifest.sha256.as_ref().is_some_and(|old| *old != sha256) {
-        events.warn(format!("the manifest of `{}` had another SHA-256 than its disk", folder.display()));
+        events.warn(format!("the manifest of `{}` had another SHA-256 than its disk", shown.display()));
     }
-    let manifest = Manifest { sha256: Some(sha256), ..manifest };
-    output::rewrite_manifest(&request.out, &here, &manifest)?;
-    let same =
-        (&manifest.artifact, &manifest.digest) == (&seen.artifact, &seen.digest) && store::same_file(&folder, &handle);
-    Ok(same.then_some(Artifact { folder, manifest }))
+    Ok(Some(Manifest { sha256: Some(sha256), ..manifest }))
 }

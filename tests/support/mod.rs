@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use kiln::disk::Digest;
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
@@ -89,6 +90,15 @@ impl Bench {
         let mut manifest = serde_json::from_str(&self.read("out/web/manifest.json")).unwrap();
         change(&mut manifest);
         self.write("out/web/manifest.json", manifest.to_string());
+    }
+
+    /// As [`Self::manifest`], as if kiln had written the manifest so: with the digest that it then has.
+    pub(crate) fn signed_manifest(&self, change: impl FnOnce(&mut Value)) {
+        self.manifest(|manifest| {
+            change(manifest);
+            manifest.as_object_mut().unwrap().remove("manifest_sha256");
+            manifest["manifest_sha256"] = json!(Digest::of(manifest.to_string().as_bytes()));
+        });
     }
 
     /// Writes `web.toml`: this base, no network unless `more` says otherwise, and `more`.
