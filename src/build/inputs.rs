@@ -41,6 +41,13 @@ pub(super) struct Script {
     pub(super) env: BTreeMap<String, String>,
 }
 
+impl Script {
+    /// The time that the script is told, in seconds since 1970.
+    pub(super) fn epoch(&self) -> u64 {
+        self.env.get("SOURCE_DATE_EPOCH").and_then(|text| text.parse().ok()).unwrap_or(DEFAULT_EPOCH)
+    }
+}
+
 /// A file, folder or link as it was when the step was planned.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Entry {

@@ -107,7 +107,10 @@ fn send(
                 Action::Uses { .. } => &[("lib.sh", provisioners::LIBRARY.as_bytes())],
                 _ => &[],
             };
+            // Scripts can see this time as well: it is the one in their key.
+            let time = script.epoch();
             let script = Script { text: &script.text, env: &script.env, files, texts };
+            let look = Look { time, ..look };
             let archive = script.archive(session.scratch, folder, &look).map_err(cannot_send)?;
             Ok(guest.run(&what, archive, (folder, &step.name), script.has_shebang(), sink, limit))
         }
