@@ -18,5 +18,6 @@ mod signals;
 mod stress;
 mod support;
 mod tidy;
+mod truth;
 mod verify;
 mod warm;

@@ -253,4 +253,42 @@ mod tests {
         store.know_read_disk(&file, &Identity { changed: (0, 0), modified: (0, 0), ..identity }, "ab");
         assert!(!store.knows_disk(&path, "ab"), "it was changed meanwhile");
     }
+
+    /// A block device's times say nothing of what is in it.
+    #[test]
+    fn what_is_no_regular_file_is_never_known() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&folder.path().join("store")).unwrap();
+        let device = File::open("/dev/null").unwrap();
+        let identity = Identity::of(&device).unwrap();
+        assert!(identity.is_still(&device), "its times are old");
+        let path = store.known_path(&device.metadata().unwrap());
+        store.note(&device, &identity, &Digests { sha256: "ab".to_owned(), sha512: None });
+        assert!(!path.exists(), "no note is written");
+        store.write_json(&path, &Known { identity, sha256: "ab".to_owned(), sha512: None }).unwrap();
+        assert_eq!(store.known(&device), None, "a note is not taken");
+    }
+
+    #[test]
+    fn an_identity_has_all_that_a_change_changes_and_no_device_number() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        std::fs::write(&path, "one").unwrap();
+        let identity = Identity::from(&std::fs::metadata(&path).unwrap());
+        let json = serde_json::to_value(&identity).unwrap();
+        let names: Vec<_> = json.as_object().unwrap().keys().collect();
+        assert_eq!(names, ["changed", "inode", "modified", "size"]);
+        let one = identity.clone();
+        let others = [
+            Identity { inode: one.inode + 1, ..one.clone() },
+            Identity { size: one.size + 1, ..one.clone() },
+            Identity { modified: (one.modified.0, one.modified.1 + 1), ..one.clone() },
+            Identity { changed: (one.changed.0 + 1, one.changed.1), ..one.clone() },
+        ];
+        for other in others {
+            assert_ne!(other, identity);
+            let kept: Identity = serde_json::from_value(serde_json::to_value(&other).unwrap()).unwrap();
+            assert_eq!(kept, other, "and all of it is kept");
+        }
+    }
 }
