@@ -103,9 +103,7 @@ pub(super) fn export(session: &Session<'_>, early: Early, pending: &Pending) -> 
             early.wait().and_then(|draft| draft.finish(&session.overlay(), work))
         })?;
         let exported = exported.map_err(disk_failure)?;
-        let failed = |error: std::io::Error| Error::io("cannot write the block map", &error);
-        let mut blocks = fs_err::File::create(pending.path().join(manifest::BLOCKS)).map_err(failed)?;
-        exported.block_map.write_to(&mut blocks).map_err(disk_failure)?;
+        exported.block_map.create(&pending.path().join(manifest::BLOCKS)).map_err(disk_failure)?;
         let overlay = Image::overlay(&session.overlay()).map_err(disk_failure)?;
         let table = Table::read(&overlay).map_err(disk_failure)?;
         let modes = table.boot_modes(&overlay).map_err(disk_failure)?;

@@ -129,11 +129,16 @@ impl Newest {
                 return Some(format!("{what} was made anew since"));
             }
             let max_age = layer.max_age?;
-            is_old(making.made, max_age, now).then(|| {
+            is_expired(making, layer, now).then(|| {
                 format!("`{}` is older than its max_age of {}", layer.name, crate::units::show_duration(max_age))
             })
         })
     }
+}
+
+/// Whether a run of this layer's step is older than the recipe allows.
+pub(super) fn is_expired(making: &Making, layer: &plan::Layer, now: u64) -> bool {
+    layer.max_age.is_some_and(|max_age| is_old(making.made, max_age, now))
 }
 
 fn is_old(made: u64, max_age: Duration, now: u64) -> bool {

@@ -31,7 +31,7 @@ fn digest(texts: &[String]) -> String {
 /// guests whose disk is thrown away.
 fn texts() -> Vec<String> {
     let environment = session::network_environment().into_iter().map(|(name, value)| format!("{name}={value}"));
-    let scripts = [AGENT.to_owned(), library(), seed::USER_DATA.to_owned()];
+    let scripts = [AGENT.to_owned(), library(), seed::USER_DATA.to_owned(), seed::NETWORK_CONFIG.to_owned()];
     scripts.into_iter().chain(environment).chain(shapes()).collect()
 }
 

@@ -97,7 +97,14 @@ fn read_step(recipe: &Recipe, step: &Step, epoch: Option<u64>, cancel: &Cancel) 
         Action::Copy { .. } => None,
     };
     let files = files(recipe, step, cancel).map_err(missing)?;
-    let sets_kernel = text.as_deref().is_some_and(|text| KERNEL.iter().any(|word| contains(text, word)));
+    let mut sets_kernel = text.as_deref().is_some_and(names_kernel);
+    for entry in files.iter().filter(|_| text.is_some()) {
+        // A large file is no script.
+        if matches!(entry.kind, Kind::File { size: 0..LARGE, .. }) {
+            let text = std::fs::read(&entry.path).map_err(|error| missing((entry.path.clone(), error)))?;
+            sets_kernel |= names_kernel(&text);
+        }
+    }
     let script = text.map(|text| Script { env: environment(recipe, step, &text, epoch), text });
     let parts = parts(step, script.as_ref(), &files, epoch);
     Ok(Inputs { script, files, parts, sets_kernel })
@@ -105,6 +112,12 @@ fn read_step(recipe: &Recipe, step: &Step, epoch: Option<u64>, cancel: &Cancel) 
 
 /// Words in scripts that change the kernel's settings.
 const KERNEL: [&str; 3] = ["sysctl", "/proc/sys", "/sys/"];
+/// How large a file beside a script may be to be looked through for them, in bytes.
+const LARGE: u64 = 1 << 20;
+
+fn names_kernel(text: &[u8]) -> bool {
+    KERNEL.iter().any(|word| contains(text, word))
+}
 
 fn contains(text: &[u8], word: &str) -> bool {
     text.windows(word.len()).any(|window| window == word.as_bytes())

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
-use super::found::{Found, found};
+use super::found::{Found, found, is_expired};
 use super::session::{Session, library, shape};
 use super::turns::Turn;
 use super::{disk_failure, guest_failure, now};
@@ -99,6 +99,8 @@ pub(super) struct Layers<'a> {
     lineage: Vec<Making>,
     /// Whether a step since the last boot may have changed settings of the kernel.
     kernel_set: bool,
+    /// How many layers may be taken from the store; the others are made anew.
+    limit: usize,
     /// The warnings that were given.
     told: BTreeSet<String>,
     /// Whether QEMU has refused a memory that should have been this machine's.
@@ -126,6 +128,7 @@ impl<'a> Layers<'a> {
             placed: Vec::new(),
             lineage: Vec::new(),
             kernel_set: false,
+            limit: 0,
             told: BTreeSet::new(),
             refused: false,
             full: false,
@@ -231,6 +234,7 @@ impl<'a> Layers<'a> {
     }
 
     fn look(&mut self, limit: usize, session: &Session<'_>) -> Start {
+        self.limit = limit;
         self.found = found(self.store, self.plan, limit);
         for why in self.found.damage() {
             if self.told.insert(why.clone()) {
@@ -323,11 +327,15 @@ impl<'a> Layers<'a> {
         self.held.last().is_some_and(|layer| layer.record().network_up)
     }
 
-    /// The layers at this level that are of the guest's own making so far.
-    fn kept(&self, index: usize) -> impl Iterator<Item = &Layer> {
-        let same =
-            move |layer: &&Layer| layer.record().lineage.split_last().is_some_and(|(_, rest)| rest == self.lineage);
-        self.found.layers(index).filter(same)
+    /// What the store has by now of this level that is of the guest's own making so far, and may be taken.
+    fn kept(&self, index: usize) -> Vec<Layer> {
+        let layer = &self.plan.layers[index];
+        let shelf = if index < self.limit { self.store.shelves(&[&layer.key]).pop() } else { None };
+        let same = |kept: &Layer| {
+            let parent = kept.record().lineage.split_last();
+            parent.is_some_and(|(own, rest)| rest == self.lineage && !is_expired(own, layer, now()))
+        };
+        shelf.unwrap_or_default().layers.into_iter().filter(same).collect()
     }
 
     /// Keeps the layer with this index, which took so long: the guest goes on in a new overlay.
@@ -348,22 +356,24 @@ impl<'a> Layers<'a> {
         let with_memory = guest.savable && what.memory.unwrap_or(self.since_memory >= WORTH);
         // A step that ran because it takes less time than what could be taken instead is no new making of its layer. One
         // whose memory is another machine's is kept again with this one's.
-        let (serial, making) = match self.kept(index).next() {
+        let kept = self.kept(index);
+        let (serial, making) = match kept.first() {
             Some(kept) => (kept.record().serial, kept.making().cloned()),
             None => (0, None),
         };
         let has_memory = |kept: &Layer| self.taken().is_some_and(|machine| kept.memory(machine).is_some());
-        let is_kept = self.kept(index).any(|kept| !with_memory || has_memory(kept));
+        let is_kept = kept.iter().any(|kept| !with_memory || has_memory(kept));
         self.lineage.push(match making {
             Some(making) => making,
             None => Making { id: random_id()?, made: now() },
         });
+        // The next one is claimed before this one can be found, so that no other build comes in between.
+        let next = self.claim(index + 1, session, None)?;
         if !is_kept {
             let record = self.record(layer, serial, took, session.network_up);
             self.write(index, record, with_memory, what.log, session, guest)?;
         }
-        // The next one is claimed before this one can be found, so that nobody comes in between.
-        self.claim = self.claim(index + 1, session, None)?;
+        self.claim = next;
         Ok(())
     }
 

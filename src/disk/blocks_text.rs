@@ -33,6 +33,18 @@ impl BlockMap {
         lines(&mut std::io::BufWriter::new(out)).map_err(Error::BlockMapIo)
     }
 
+    /// Writes the map to the new file `path`.
+    ///
+    /// # Errors
+    /// [`Error::Create`], [`Error::Write`], [`Error::NoSpace`].
+    pub fn create(&self, path: &Path) -> Result<(), Error> {
+        let mut file = File::create(path).map_err(|source| Error::create(path, source))?;
+        self.write_to(&mut file).map_err(|error| match error {
+            Error::BlockMapIo(source) => Error::write(path, source),
+            other => other,
+        })
+    }
+
     /// Reads the map in a file.
     ///
     /// # Errors

@@ -134,7 +134,9 @@ impl Store {
             let candidate = entries.iter().rposition(|entry| {
                 let too_old = limits.older.is_some_and(|older| entry.unused >= older.as_secs());
                 let too_much = limits.keep.is_some_and(|keep| bytes > keep);
-                (too_old || too_much || entry.superseded) && entry.dependents == 0
+                // What is built on a damaged layer can't be used either.
+                let is_free = entry.dependents == 0 || entry.standing == Standing::Damaged;
+                (too_old || too_much || entry.superseded) && is_free
             });
             let Some(index) = candidate else { break };
             let entry = entries.remove(index);
@@ -143,7 +145,7 @@ impl Store {
             }
             bytes -= entry.bytes;
             if let Some(behind) = entries.iter_mut().find(|other| Some(&other.key) == entry.behind.as_ref()) {
-                behind.dependents -= 1;
+                behind.dependents = behind.dependents.saturating_sub(1);
             }
             removed.push(entry);
         }
@@ -205,7 +207,7 @@ impl Store {
 /// Takes an entry out of the store, into a scratch folder, which is removed next; `false` if it is in use. Half of it is
 /// never found under its own name.
 fn set_aside(entry: &Entry, scratch: &Path) -> Result<bool, Error> {
-    let Ok(mark) = File::open(&entry.mark) else { return Ok(false) };
+    let Ok(mark) = File::options().append(true).create(true).open(&entry.mark) else { return Ok(false) };
     if rustix::fs::flock(&mark, FlockOperation::NonBlockingLockExclusive).is_err() {
         return Ok(false);
     }

@@ -230,9 +230,27 @@ impl Store {
 
     /// The highest serial number among the layers with this key.
     fn newest_serial(&self, key: &str) -> u64 {
+        self.records(key).iter().map(|record| record.serial).max().unwrap_or(0)
+    }
+
+    /// An imported layer counts beside those that are here. But where one was made anew here, a run that is none of the
+    /// newest and ended before them may be what that has replaced: it counts no more.
+    fn serial_of_import(&self, imported: &Record) -> u64 {
+        let here = self.records(&imported.key);
+        let newest = here.iter().map(|record| record.serial).max().unwrap_or(1);
+        let own = imported.lineage.last();
+        let made = |record: &Record| record.lineage.last().map(|making| making.made);
+        let mut last = here.iter().filter(|record| record.serial == newest);
+        let is_replaced = newest > 1
+            && last.clone().all(|record| record.lineage.last() != own)
+            && last.any(|record| made(record) >= made(imported));
+        if is_replaced { newest - 1 } else { newest }
+    }
+
+    fn records(&self, key: &str) -> Vec<Record> {
         let entries = std::fs::read_dir(self.layers()).into_iter().flatten().flatten();
         let own = entries.filter(|entry| key_of(&entry.file_name().to_string_lossy()) == key);
-        own.filter_map(|entry| Some(read(&entry.path()).ok()??.record.serial)).max().unwrap_or(0)
+        own.filter_map(|entry| Some(read(&entry.path()).ok()??.record)).collect()
     }
 
     /// The layers that have this parent, the newest first: what a missing layer can be compared with.
@@ -360,7 +378,10 @@ fn read_in(folder: PathBuf) -> Option<Read> {
         return None;
     }
     let damaged = |serial, why| Some(Read::Damaged { serial, why });
-    let Ok(in_use) = File::open(folder.join(USED)) else { return damaged(None, format!("{USED} is missing")) };
+    let Ok(in_use) = File::open(folder.join(USED)) else {
+        // Perhaps it is being removed.
+        return if folder.join(RECORD).exists() { damaged(None, format!("{USED} is missing")) } else { None };
+    };
     // What was being removed is gone under this name once the lock is there.
     if rustix::fs::flock(&in_use, FlockOperation::LockShared).is_err() || !folder.join(RECORD).exists() {
         return None;
@@ -427,19 +448,27 @@ pub(super) fn key_of(id: &str) -> &str {
 /// already, and none takes its place.
 pub(super) fn adopt(store: &Store, folder: &Path) -> io::Result<()> {
     let mut sealed: Sealed = serde_json::from_slice(&std::fs::read(folder.join(RECORD))?)?;
-    if sealed.record.format != FORMAT {
-        let format = sealed.record.format;
-        return Err(io::Error::other(format!("a layer in it has format {format}, and this kiln writes {FORMAT}")));
-    }
     sealed.disk = identity(&folder.join(DISK))?;
     // One that was damaged is not in the file.
     sealed.memory.retain(|machine, _| memory_path(folder, machine).exists());
     for (machine, memory) in &mut sealed.memory {
         *memory = identity(&memory_path(folder, machine))?;
     }
-    sealed.record.serial = store.newest_serial(&sealed.record.key).max(1);
+    sealed.record.serial = store.serial_of_import(&sealed.record);
     std::fs::write(folder.join(USED), "")?;
     store.write_json(&folder.join(RECORD), &sealed)
+}
+
+/// Why the layer in `folder`, which was brought here, can't be taken; none: it can.
+pub(super) fn refuse_foreign(folder: &Path) -> Option<String> {
+    let text = std::fs::read(folder.join(RECORD)).unwrap_or_default();
+    match serde_json::from_slice::<serde_json::Value>(&text) {
+        Ok(record) if is_foreign(&record) => {
+            Some(format!("a layer in it has format {}, and this kiln reads {FORMAT}", record["format"]))
+        }
+        Ok(_) => None,
+        Err(error) => Some(format!("{RECORD} of a layer in it: {error}")),
+    }
 }
 
 /// Of a file that is on the disk now.

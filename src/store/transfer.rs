@@ -136,6 +136,11 @@ impl Store {
                     .help("write it again with `kiln cache export`"),
             }
         })?;
+        let layers = order.iter().filter(|name| name.starts_with("layers"));
+        if let Some(why) = layers.into_iter().find_map(|name| layer::refuse_foreign(&place.join(name))) {
+            return Err(Error::new(Exit::Input, format!("`{shown}` can't be taken into the cache: {why}"))
+                .help("write it again with `kiln cache export`"));
+        }
         let mut taken = Transferred { bytes, ..Transferred::default() };
         // What a layer is over is not removed before it has its name.
         let _naming = self.naming().map_err(|error| Error::io("cannot lock the cache", &error))?;

@@ -128,9 +128,10 @@ put() { # NONCE BYTES USER GROUP DIR/
     finish "$1" "$status"
 }
 
-# What the guest has besides its disk, one thing a line, details after a tab: units, processes that steps left behind,
-# mounts, devices, routes, a host name of its own, firewall rules, and files that a boot removes or makes anew, with their
-# sizes: a reload of systemd's units writes some again. What systemd itself has in /run may change at any time. The kernel's
+# What a boot of the disk alone would change, one thing a line, details after a tab. First what it would lose: units,
+# processes that steps left behind, mounts, devices, routes, a host name of its own, firewall rules, and files that a boot
+# removes or makes anew, with their sizes: a reload of systemd's units writes some again. What systemd itself has in /run
+# may change at any time. Then what it would bring: another kernel, units that are enabled, settings. The kernel's own
 # settings are left out: reading them takes half a second under software emulation, so kiln goes by the text of the step.
 newline='
 '
@@ -144,13 +145,15 @@ volatile() {
             echo "process $name$tab$pid"
         done <"$group/cgroup.procs"
     fi
+    places='/tmp /run /run/lock /dev/shm /dev/mqueue /run/systemd/system'
     IFS=$newline
     # shellcheck disable=SC2013 # lines, by IFS: read takes a system call for each byte
     for line in $(cat /proc/mounts /proc/swaps /proc/partitions /proc/net/route 2>/dev/null); do
         case $line in
             *' 0 0')
-                place=${line#* }
-                echo "mount ${place%% *}$tab$line"
+                place=${line#* } place=${place%% *}
+                echo "mount $place$tab$line"
+                case $line:$place in tmpfs*:/run* | tmpfs*:/dev/* | tmpfs*:/tmp | tmpfs*\\*) ;; tmpfs*) places="$places $place" ;; esac
                 ;;
             *) echo "a device or route$tab$line" ;;
         esac
@@ -162,19 +165,31 @@ volatile() {
     [ "$now" = "$own" ] || echo "host name $now"
     for module in /sys/module/nf_tables /sys/module/iptable_*; do [ ! -d "$module" ] || echo "${module##*/} rules"; done
     set --
-    for place in /tmp /run /run/lock /dev/shm /dev/mqueue /run/systemd/system; do [ ! -d "$place" ] || set -- "$@" "$place"; done
-    find "$@" -xdev \
-        '(' -path /run/kiln -o -path /run/systemd -o -path /run/udev -o -path /run/log -o -path /run/credentials ')' -prune \
-        -o -type d -printf '%p/\n' -o -printf '%p\t%s\n' 2>/dev/null || echo "files that find can't list"
+    for place in $places; do [ ! -d "$place" ] || set -- "$@" "$place"; done
+    for place in /boot /lib/modules /etc/fstab /etc/crypttab /etc/modules /etc/sysctl.conf /etc/systemd/system /etc/init.d \
+        /etc/runlevels /etc/rc?.d /etc/udev/rules.d /etc/sysctl.d /etc/modules-load.d /etc/tmpfiles.d \
+        /usr/lib/sysctl.d /usr/lib/modules-load.d /usr/lib/tmpfiles.d; do [ ! -e "$place" ] || set -- "$@" "$place"; done
+    find "$@" -xdev '(' -path /run/kiln -o -path /run/systemd -o -path /run/udev -o -path /run/log -o -path /run/credentials \
+        -o -path '/boot/*/*' -o -path '/lib/modules/*/*' ')' -prune -o -type d -printf '%p/\n' \
+        -o '(' -path '/boot/*' -o -path '/etc/*' -o -path '/lib/*' -o -path '/usr/*' ')' -printf '%p, which boots use\t%s %C@\n' \
+        -o -printf '%p\t%s\n' 2>/dev/null || {
+        # Nothing can be said of them: no two moments are alike.
+        read -r up _ </proc/uptime
+        echo "files that find can't list$tab$up"
+    }
 }
 
 # Called before the first thing that may change it.
 booted=
 remember() { [ -n "$booted" ] || booted=$(volatile); }
 
-lines_without() { # TEXT OTHER: the lines of TEXT that OTHER lacks
+lines_without() { # TEXT OTHER: the first lines of TEXT that OTHER lacks
+    few=0
     for line in $1; do
-        case $newline$2$newline in *"$newline$line$newline"*) ;; *) echo "$line" ;; esac
+        case $newline$2$newline in *"$newline$line$newline"*) continue ;; esac
+        echo "$line"
+        few=$((few + 1))
+        [ "$few" -lt 8 ] || return 0
     done
 }
 
@@ -186,7 +201,9 @@ left_behind() {
     IFS=$newline
     set -f
     # shellcheck disable=SC2046 # lines, by IFS
-    set -- $(lines_without "$now" "$booted") $(lines_without "$booted" "$now")
+    set -- $(lines_without "$now" "$booted")
+    # shellcheck disable=SC2046 # lines, by IFS
+    [ $# -gt 0 ] || set -- $(lines_without "$booted" "$now")
     while [ $# -gt 0 ] && [ "${#words}" -lt 120 ]; do
         name=${1%%"$tab"*}
         case "; $words; " in *"; $name; "*) ;; *) words="$words${words:+; }$name" ;; esac
@@ -320,7 +337,7 @@ while read -r command nonce rest <&3; do
             # Three fields, and a name of any characters.
             bytes=${rest%% *} rest=${rest#* }
             how=${rest%% *} rest=${rest#* }
-            [ -z "${rest#* }" ] || echo "kiln: ${rest#* }"
+            case $rest in *' '*) echo "kiln: ${rest#* }" ;; esac
             run "$nonce" "$bytes" "$how" "${rest%% *}"
             ;;
         own) own "$nonce" "$rest" ;;

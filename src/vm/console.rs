@@ -120,7 +120,8 @@ impl Console {
         if self.state().a_persons {
             return;
         }
-        if LOST.iter().any(|text| line.contains(text)) {
+        // The agent's own lines have names of steps.
+        if !line.starts_with("kiln: ") && LOST.iter().any(|text| line.contains(text)) {
             let _ = self.sender.send(Signal::Lost(line.trim().to_owned()));
         }
         if line.contains("Out of memory: Kill") || line.contains("oom-kill:") {

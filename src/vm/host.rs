@@ -91,8 +91,10 @@ fn program(variable: &str, named: Option<PathBuf>, names: &[&str]) -> Result<Pat
 fn version(program: &Path, cancel: &Cancel) -> Result<String, Error> {
     let output = Tool::new(program, Duration::from_secs(10)).arg("--version").run(cancel)?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let version = text.split_whitespace().skip_while(|word| *word != "version").nth(1);
-    Ok(version.unwrap_or("unknown").to_owned())
+    // With the distribution's own revision, which may change what a saved memory must be.
+    let line = text.lines().next().unwrap_or_default();
+    let version = line.split_once("version ").map(|(_, version)| version.trim());
+    Ok(version.filter(|version| !version.is_empty()).unwrap_or("unknown").to_owned())
 }
 
 fn number(version: &str) -> Option<(u32, u32)> {

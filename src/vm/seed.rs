@@ -24,6 +24,9 @@ bootcmd:
       || (setsid nohup /bin/sh $agent firmware >/dev/null 2>&1 &)
 "#;
 
+/// cloud-init leaves the network to kiln and the disk's own settings.
+pub const NETWORK_CONFIG: &str = "config: disabled\n";
+
 /// Everything runs as on a first boot, and the agent when all of it is over.
 const INSTANCE_DATA: &str = r"#cloud-config
 runcmd:
@@ -50,7 +53,7 @@ pub struct Login {
 /// When the file can't be written.
 pub fn write(path: &Path, boot: u32) -> io::Result<()> {
     let meta_data = format!("instance-id: kiln-{}-{boot}\n", std::process::id());
-    volume(path, &[("meta-data", &meta_data), ("user-data", USER_DATA), ("network-config", "config: disabled\n")])
+    volume(path, &[("meta-data", &meta_data), ("user-data", USER_DATA), ("network-config", NETWORK_CONFIG)])
 }
 
 /// Writes the drive for a rehearsed instance: cloud-init does all that it would do on EC2, then starts the agent.
