@@ -24,7 +24,7 @@ pub struct Uefi {
 pub struct Host {
     /// `qemu-system-x86_64`.
     pub qemu: PathBuf,
-    /// Its version, for example `7.2.22`.
+    /// Its version with the distribution's revision, for example `7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)`.
     pub qemu_version: String,
     /// `qemu-img`.
     pub qemu_img: PathBuf,

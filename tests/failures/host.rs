@@ -72,7 +72,7 @@ fn qemu_is_too_old() {
     let bench = bench();
     let said = fails(&bench, &json!({ "says-version": "5.2.0 (Debian 1:5.2+dfsg-11)" }), 4, &[]);
     insta::assert_snapshot!(plain(&bench, &said), @r#"
-    error: `[FIXTURES]/fake-qemu/qemu-system-x86_64` is QEMU 5.2.0, and kiln needs 6.2 or newer
+    error: `[FIXTURES]/fake-qemu/qemu-system-x86_64` is QEMU 5.2.0 (Debian 1:5.2+dfsg-11), and kiln needs 6.2 or newer
      |
     help: install a newer QEMU, or name one in KILN_QEMU
     "#);
