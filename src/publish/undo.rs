@@ -41,7 +41,7 @@ pub(super) enum Made {
 }
 
 impl Made {
-    /// An upload to this key that nobody completes.
+    /// An upload to this key that is not completed.
     pub(super) fn upload(key: &str, id: Option<String>) -> Self {
         Self::Upload { key: key.to_owned(), id, completing: false }
     }
